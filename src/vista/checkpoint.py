@@ -1,0 +1,223 @@
+"""Run folders: what training leaves behind and everything else starts from.
+
+    RUN/
+      config.json             the resolved configuration
+      schema.json             what the model takes from its data: tasks, actions, context columns, catalogue fingerprint
+      catalogue.safetensors   a copy of the data's catalogue: a run serves without its data
+      model.safetensors       the best weights by validation NE; written in one atomic step
+      training.safetensors    everything needed to go on training: weights, optimizers, position, carried memory
+      log.jsonl               one line per validation
+      tensorboard/
+
+The *model version* is a hash of weights, config and catalogue: the same content has the same version wherever it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from vista.catalogue import Catalogue
+from vista.config import Config, ModelConfig
+from vista.errors import CheckpointError
+from vista.models.counts import CountsModel
+from vista.models.embeddings import ItemTables
+from vista.models.vista import SequenceModel, make_model
+from vista.schema import ContextColumn, Manifest
+
+
+@dataclass(frozen=True)
+class ModelSchema:
+    """What a model takes from the data it was trained on, beside the catalogue."""
+
+    tasks: tuple[str, ...]
+    actions: tuple[Any, ...]
+    context: tuple[ContextColumn, ...]
+    catalogue_fingerprint: str
+    count_features: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, manifest: Manifest, catalogue: Catalogue, count_features: tuple[str, ...] = ()) -> ModelSchema:
+        return cls(manifest.tasks, manifest.actions, manifest.context, catalogue.fingerprint, count_features)
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> ModelSchema:
+        values = json.loads(text)
+        return cls(
+            tuple(values["tasks"]),
+            tuple(values["actions"]),
+            tuple(ContextColumn(**column) for column in values["context"]),
+            values["catalogue_fingerprint"],
+            tuple(values["count_features"]),
+        )
+
+    def action_index(self, actions: list[Any]) -> list[int]:
+        """Action values to action indices; 0 for one that training never saw."""
+        known = {str(value): index + 1 for index, value in enumerate(self.actions)}
+        return [known.get(str(value), 0) for value in actions]
+
+
+def build_model(config: ModelConfig, schema: ModelSchema, catalogue: Catalogue) -> SequenceModel | CountsModel:
+    """A fresh model for this data."""
+    return make_model(
+        config,
+        ItemTables.of(catalogue),
+        num_actions=len(schema.actions),
+        num_tasks=len(schema.tasks),
+        num_context=len(schema.context),
+        num_counts=len(schema.count_features),
+    )
+
+
+@dataclass(frozen=True)
+class Run:
+    """A loaded run folder, ready to score."""
+
+    folder: Path
+    config: Config
+    schema: ModelSchema
+    catalogue: Catalogue
+    model: SequenceModel | CountsModel
+    version: str
+
+    @property
+    def sequence_model(self) -> SequenceModel:
+        """The model, where it is one that summarizes or ranks from events. Raises CheckpointError for ``counts``."""
+        if not isinstance(self.model, SequenceModel):
+            raise CheckpointError(
+                f"{self.folder}: a model of kind {self.config.model.model!r} reads counts, not events, and has nothing "
+                "to store; train one with --model vista or --model recent"
+            )
+        return self.model
+
+    @property
+    def summarizer(self) -> Any:
+        """The summarizer of a ``vista`` model, else None."""
+        return self.sequence_model.summarizer
+
+    @property
+    def ranker(self) -> Any:
+        return self.sequence_model.ranker
+
+    def check_data(self, manifest: Manifest, catalogue: Catalogue, folder: Path) -> None:
+        """Refuse data whose item indices, actions or tasks mean something else than the model's. Raises CheckpointError."""
+        pairs = {
+            "tasks": (self.schema.tasks, manifest.tasks),
+            "actions": (self.schema.actions, manifest.actions),
+            "catalogue": (self.schema.catalogue_fingerprint, catalogue.fingerprint),
+        }
+        for what, (ours, theirs) in pairs.items():
+            if ours != theirs:
+                raise CheckpointError(
+                    f"{self.folder} was trained on other data than {folder}: its {what} is {ours!r}, the data's {theirs!r}; "
+                    "use the data it was trained on, or train again"
+                )
+
+
+def start_run(folder: Path, config: Config, schema: ModelSchema, catalogue: Catalogue) -> None:
+    """Write what stays the same throughout a run."""
+    folder.mkdir(parents=True, exist_ok=True)
+    catalogue.save(folder / "catalogue.safetensors")
+    write_text(folder / "schema.json", schema.to_json())
+    write_text(folder / "config.json", config.to_json())
+
+
+def load_run(folder: Path | str, device: str = "cpu") -> Run:
+    """Load a run for scoring, in evaluation mode. Raises CheckpointError, saying what is missing or does not fit."""
+    folder = Path(folder)
+    config, schema, catalogue = load_description(folder)
+    path = folder / "model.safetensors"
+    if not path.exists():
+        raise CheckpointError(
+            f"{path} is not there: training has not reached its first validation; go on with --resume"
+        )
+    model = build_model(config.model, schema, catalogue)
+    load_weights(model, read_tensors(path)[0], path)
+    model.eval().to(device)
+    return Run(folder, config, schema, catalogue, model, model_version(folder))
+
+
+def load_description(folder: Path) -> tuple[Config, ModelSchema, Catalogue]:
+    """Config, schema and catalogue of a run folder."""
+    for name in ("config.json", "schema.json", "catalogue.safetensors"):
+        if not (folder / name).exists():
+            raise CheckpointError(
+                f"{folder / name} is not there: {folder} is not a run folder; run: vista train DATA --out {folder}"
+            )
+    try:
+        config = Config.from_json((folder / "config.json").read_text())
+        schema = ModelSchema.from_json((folder / "schema.json").read_text())
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder}: config.json or schema.json cannot be read ({error}); train again") from error
+    catalogue = Catalogue.load(folder / "catalogue.safetensors")
+    if catalogue.fingerprint != schema.catalogue_fingerprint:
+        raise CheckpointError(
+            f"{folder}: catalogue.safetensors has fingerprint {catalogue.fingerprint}, the model was trained with "
+            f"{schema.catalogue_fingerprint}; restore the file or train again"
+        )
+    return config, schema, catalogue
+
+
+def model_version(folder: Path) -> str:
+    """Content hash of a run, 16 hexadecimal characters. The way a model was trained is not part of it."""
+    digest = hashlib.sha256((folder / "model.safetensors").read_bytes())
+    config = Config.from_json((folder / "config.json").read_text())
+    digest.update(json.dumps(asdict(config.model), sort_keys=True).encode())
+    digest.update((folder / "schema.json").read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def load_weights(model: torch.nn.Module, weights: dict[str, Tensor], path: Path) -> None:
+    """Put weights into a model; every name and shape must fit. Raises CheckpointError naming the first that does not."""
+    expected = model.state_dict()
+    for name in sorted(expected.keys() | weights.keys()):
+        ours, theirs = expected.get(name), weights.get(name)
+        if ours is None or theirs is None or ours.shape != theirs.shape:
+            raise CheckpointError(
+                f"{path}: parameter {name!r} is {_shape(theirs)} in the file, {_shape(ours)} in the model; "
+                "the config was changed after training, or the file belongs to another run"
+            )
+    model.load_state_dict(weights)
+
+
+def _shape(tensor: Tensor | None) -> str:
+    return "absent" if tensor is None else str(tuple(tensor.shape))
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], facts: dict[str, Any] | None = None) -> None:
+    """Write a safetensors file in one atomic step: a reader sees the old file or the new one, whole."""
+    partial = path.with_name(path.name + ".partial")
+    save_file(
+        {name: t.detach().contiguous() for name, t in tensors.items()}, partial, {"facts": json.dumps(facts or {})}
+    )
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what ``write_tensors`` wrote. Raises CheckpointError when the file is damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            facts = json.loads(file.metadata()["facts"])
+        return load_file(path), facts
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}); go back to an earlier copy or train again") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    partial.replace(path)

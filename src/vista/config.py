@@ -1,0 +1,180 @@
+"""Settings: one typed place for all of them, with a sentence and a unit each.
+
+A config is resolved once (size preset, then a TOML file, then single overrides), checked, and saved in the checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from vista.errors import ConfigError, nearest
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What the network is. Letters in brackets are the shape letters of docs/conventions.md."""
+
+    model: str = "vista"  # vista; recent: the same ranker without a summary; counts: exact counts, no sequence model
+    attention: str = (
+        "qla"  # how events attend to events: qla, or softmax (within the segment; over all with scope full)
+    )
+    memory: str = "slots"  # what seeds read: sum (the paper's phi(K)^T V) or slots (running softmax per seed)
+    scope: str = (
+        "segment"  # segment: segment-causal, streams; full: the paper's operator over all events (S = infinity)
+    )
+    segment_events: int = 64  # [S] events folded into memory at a time; also how often a summary is refreshed
+    num_layers: int = 1  # [L] summarizer layers
+    num_seeds: int = 64  # [K] summary tokens per user
+    width: int = 64  # [D]
+    num_heads: int = 4  # [H]; the head width E is width / num_heads
+    recent_events: int = 128  # [R] newest raw events given to the ranker; at least the largest staleness in events
+    ranker_layers: int = 2  # target attention blocks
+    expansion: int = 2  # hidden width of the gated units, in multiples of width
+    head_width: int = 64  # hidden width of the task heads
+    dropout: float = 0.0  # share of ranker activations dropped in training
+    decoder_layers: int = 1  # blocks of the reconstruction decoder (training only)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How it is trained."""
+
+    seed: int = 0
+    max_steps: int = 2000  # optimizer steps
+    max_epochs: int = 20  # passes over the training requests
+    time_budget_s: float = 0.0  # stop after this many seconds of training; 0: no limit
+    requests_per_step: int = 512  # requests (each with all its candidates) in a step, about
+    window_segments: int = 16  # longest stretch of one history that gradients flow through, in segments
+    max_stale_segments: int = 1  # a training request uses a summary up to this many segments older than the newest
+    dense_lr: float = 3e-3  # AdamW, dense weights
+    embedding_lr: float = 1e-2  # sparse Adam, embedding tables
+    weight_decay: float = 1e-2  # dense weights only
+    warmup_steps: int = 50
+    clip_norm: float = 1.0  # largest norm of the dense gradient
+    reconstruction_weight: float = 1.0  # of the reconstruction loss (paper: 1.0); 0 leaves it out
+    reconstruction_events: int = 32  # events of one reconstruction window
+    precision: str = "float32"  # float32, or bfloat16 autocast
+    validate_every_steps: int = 100
+    validation_requests: int = 20_000  # most requests scored at each validation
+    patience: int = 6  # validations without a better NE before stopping
+    checkpoint_every_s: float = 60.0
+
+
+@dataclass(frozen=True)
+class Config:
+    """A resolved configuration: what is saved as config.json in a run folder."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Config:
+        values = json.loads(text)
+        return apply(
+            cls(), {f"{part}.{k}": v for part in ("model", "train") for k, v in values[part].items()}, "config"
+        )
+
+
+# One dial. Widths, heads, seeds and window grow together; experts override single settings in a file.
+SIZES: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "model.width": 32, "model.num_heads": 2, "model.num_seeds": 32, "model.segment_events": 32,
+        "model.recent_events": 64, "model.ranker_layers": 1, "model.head_width": 32,
+    },
+    "small": {},
+    "base": {
+        "model.width": 128, "model.num_heads": 4, "model.num_seeds": 128, "model.segment_events": 128,
+        "model.recent_events": 256, "model.num_layers": 2, "model.ranker_layers": 3, "model.head_width": 256,
+    },
+}  # fmt: skip
+
+_CHOICES = {
+    "model.model": ("vista", "recent", "counts"),
+    "model.attention": ("qla", "softmax"),
+    "model.memory": ("sum", "slots"),
+    "model.scope": ("segment", "full"),
+    "train.precision": ("float32", "bfloat16"),
+}
+
+
+def resolve(size: str = "small", file: Path | None = None, overrides: dict[str, Any] | None = None) -> Config:
+    """Preset, then file (TOML with tables [model] and [train]), then overrides such as ``{"model.width": 32}``.
+
+    Raises ConfigError for an unknown size, key or choice, a wrong type, and settings that contradict one another.
+    """
+    if size not in SIZES:
+        raise ConfigError(f"--size {size!r}: unknown{nearest(size, SIZES)}")
+    config = apply(Config(), SIZES[size], f"size {size}")
+    if file is not None:
+        config = apply(config, _read_toml(file), str(file))
+    config = apply(config, overrides or {}, "override")
+    _check(config)
+    return config
+
+
+def _read_toml(file: Path) -> dict[str, Any]:
+    try:
+        tables = tomllib.loads(file.read_text())
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{file}: not a readable TOML file ({error})") from error
+    for name, table in tables.items():
+        if not isinstance(table, dict):
+            raise ConfigError(f"{file}: {name!r} stands outside a table; put it under [model] or [train]")
+    return {f"{name}.{key}": value for name, table in tables.items() for key, value in table.items()}
+
+
+def apply(config: Config, values: dict[str, Any], place: str) -> Config:
+    """A config with dotted keys replaced; a value given as text is read as the type of its setting."""
+    known = {f"{part}.{f.name}": type(getattr(getattr(config, part), f.name))
+             for part in ("model", "train") for f in fields(getattr(config, part))}  # fmt: skip
+    for key, value in values.items():
+        if key not in known:
+            raise ConfigError(f"{place}: unknown setting {key!r}{nearest(key, known)}")
+        part, name = key.split(".")
+        config = replace(
+            config, **{part: replace(getattr(config, part), **{name: _typed(key, value, known[key], place)})}
+        )
+    return config
+
+
+def _typed(key: str, value: Any, kind: type, place: str) -> Any:
+    try:
+        if kind is int and float(value) != int(float(value)):
+            raise ValueError
+        result = kind(int(float(value))) if kind is int else kind(value)
+    except (TypeError, ValueError):
+        raise ConfigError(f"{place}: {key} = {value!r} is not {kind.__name__}") from None
+    if key in _CHOICES and result not in _CHOICES[key]:
+        raise ConfigError(f"{place}: {key} = {value!r}{nearest(str(value), _CHOICES[key])}")
+    return result
+
+
+def _check(config: Config) -> None:
+    model, train = config.model, config.train
+    for part in (model, train):
+        for f in fields(part):
+            value = getattr(part, f.name)
+            may_be_zero = f.name in _MAY_BE_ZERO
+            if isinstance(value, int | float) and (value < 0 or (value == 0 and not may_be_zero)):
+                raise ConfigError(f"{f.name} = {value}: must be {'0 or more' if may_be_zero else 'above 0'}")
+    if model.width % model.num_heads:
+        raise ConfigError(f"width {model.width} is not a multiple of num_heads {model.num_heads}")
+    needed = model.segment_events * (1 + train.max_stale_segments)
+    if model.model == "vista" and model.recent_events < needed:
+        raise ConfigError(
+            f"recent_events {model.recent_events} is below segment_events x (1 + max_stale_segments) = {needed}: "
+            "some events would be in neither the summary nor the recent events; raise it or lower the others"
+        )
+
+
+_MAY_BE_ZERO = {
+    "seed", "time_budget_s", "max_stale_segments", "weight_decay", "warmup_steps",
+    "reconstruction_weight", "dropout", "num_seeds",
+}  # fmt: skip

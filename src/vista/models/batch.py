@@ -1,0 +1,113 @@
+"""A training or evaluation batch: stretches of some users' timelines, with the requests that fall into them.
+
+Shape letters: B lanes (users in the batch), N event rows, G segments, S events in a segment, M summaries, K summary
+tokens, R recent events, Q requests, C candidates, T tasks, X context columns, F count features, P windows, W events
+of a window.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from vista.models.inputs import Events, Progress, TensorGroup
+from vista.models.memory import Running
+
+LayerMemory = tuple[Running, ...]  # one running value per memory of a layer
+Memory = tuple[LayerMemory, ...]  # one per layer
+
+
+@dataclass(frozen=True)
+class Requests(TensorGroup):
+    """Q requests, each with up to C candidates.
+
+    summary       (Q,) int64: the row of the summary tokens to read
+    recent        (Q, R) int64: rows of the event vectors, newest last; -1 pads
+    recent_us     (Q, R) int64: their timestamps
+    timestamp_us  (Q,) int64
+    num_known     (Q,) int64: events of the user before the request
+    candidate     (Q, C) int64 item index; 0 pads
+    context       (Q, C, X) float32
+    counts        (Q, C, F) float32 exact counts, or None where the model does not read them
+    """
+
+    summary: Tensor
+    recent: Tensor
+    recent_us: Tensor
+    timestamp_us: Tensor
+    num_known: Tensor
+    candidate: Tensor
+    context: Tensor
+    counts: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Borders(TensorGroup):
+    """The M segment borders at which a batch reads summaries.
+
+    row       (M,) int64: < B the lane's memory as it was carried in; B + g after segment g of the batch
+    progress  as of each border
+    lane      (M,) int64
+    """
+
+    row: Tensor
+    progress: Progress
+    lane: Tensor
+
+    def to(self, device: torch.device | str) -> Borders:
+        return Borders(self.row.to(device), self.progress.to(device), self.lane.to(device))
+
+
+@dataclass(frozen=True)
+class Windows(TensorGroup):
+    """P reconstruction windows: index (P, W) int64 rows into events (-1 pads), summary (P,) the tokens to use."""
+
+    events: Events
+    index: Tensor
+    summary: Tensor
+
+
+@dataclass(frozen=True)
+class TimelineBatch:
+    """A stretch of the histories of B users (lanes), with the requests that fall into it.
+
+    events         lane after lane: the last events before the stretch, for the first recent windows, then the stretch
+    segment        (G, S) int64 rows into events: the closed segments of the stretch, lane after lane
+    num_segments   (B,) int64
+    borders        where summaries are read
+    requests       what is scored; ``requests.summary`` is a row of borders
+    label          (Q, C, T) float32, and impression (Q, C) int64: row in the split's impressions, -1 pads
+    windows        reconstruction windows, or None
+    """
+
+    events: Events
+    segment: Tensor
+    num_segments: Tensor
+    borders: Borders
+    requests: Requests
+    label: Tensor
+    impression: Tensor
+    windows: Windows | None = None
+
+    @property
+    def is_valid(self) -> Tensor:
+        """(Q, C) bool."""
+        return self.impression >= 0
+
+    def to(self, device: torch.device | str) -> TimelineBatch:
+        moved = {
+            name: getattr(self, name).to(device)
+            for name in ("events", "segment", "num_segments", "borders", "requests", "label", "impression")
+        }
+        return replace(self, **moved, windows=self.windows.to(device) if self.windows is not None else None)
+
+
+@dataclass(frozen=True)
+class Output:
+    """logits (Q, C, T); each lane's memory after the batch; mean squared reconstruction error per window, or None."""
+
+    logits: Tensor
+    memory: Memory
+    reconstruction: Tensor | None = None

@@ -1,0 +1,50 @@
+"""Small parts shared by the summarizer, the ranker and the decoder."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import rms_norm
+
+ALIGNED_NOISE = 0.02  # standard deviation around the identity
+
+
+def norm(x: Tensor) -> Tensor:
+    """x / (||x|| / sqrt(D)): TransNormer's norm, no weights."""
+    return rms_norm(x, (x.shape[-1],))
+
+
+def aligned(width: int) -> nn.Linear:
+    """A square projection that starts near the identity.
+
+    Queries, keys and values of equal items then match from the first step; with random ones the linear memory was
+    measured to stay at chance.
+    """
+    linear = nn.Linear(width, width, bias=False)
+    with torch.no_grad():
+        linear.weight.copy_(torch.eye(width) + ALIGNED_NOISE * torch.randn(width, width))
+    return linear
+
+
+class GatedUnit(nn.Module):
+    """SGLU: [(x W_v) * (x W_u)] W_o (paper, after TransNormerLLM). (..., D) to (..., D); starts at zero output."""
+
+    def __init__(self, width: int, expansion: int) -> None:
+        super().__init__()
+        self.value_and_gate = nn.Linear(width, 2 * expansion * width, bias=False)
+        self.out = nn.Linear(expansion * width, width, bias=False)
+        nn.init.zeros_(self.out.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.value_and_gate(x).chunk(2, -1)
+        return self.out(value * gate)
+
+
+def split_heads(x: Tensor, num_heads: int) -> Tensor:
+    """(..., rows, D) to (..., H, rows, E)."""
+    return x.unflatten(-1, (num_heads, -1)).transpose(-3, -2)
+
+
+def join_heads(x: Tensor) -> Tensor:
+    """(..., H, rows, E) to (..., rows, D)."""
+    return x.transpose(-3, -2).flatten(-2)

@@ -1,0 +1,137 @@
+"""What a history is folded into: the memory of one summarizer layer, behind one seam.
+
+A memory turns each segment's keys and values into a *part*, merges parts in time order into a *running value* (the
+carried state, float32, of fixed size), and answers reads. Merging is a function of running value and part alone, so
+one event more costs the same whatever came before.
+
+    sum     Z = phi(K)^T V; merge: add. The paper's memory; events and seeds read it.
+    slots   each seed's softmax over all events, kept as (numerator, denominator, maximum); merge: rescale and add.
+            Seeds alone read it. The seeds' queries are constants, or the softmax would have to be taken again.
+
+To add one: a class with these four methods, a line in `make_memory`, and a line in the contract test
+(tests/contracts/memory.py).
+
+Shape letters: B users, G segments, S events in a segment, H heads, E head width, K seeds.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from vista.config import ModelConfig
+from vista.models.layers import split_heads
+from vista.ops.qla import add, read_memory, rms_norm, segment_sums
+
+Running = tuple[Tensor, ...]
+EMPTY_MAXIMUM = -1e30  # stands for minus infinity, whose differences would be NaN
+SLOT_QUERY_SCALE = 3.0  # of fresh slot queries: spread enough that slots divide the events among themselves at once
+
+
+class Memory(Protocol):
+    """One layer's memory. ``names``: one per tensor of the running value."""
+
+    names: tuple[str, ...]
+
+    def initial(self, num_users: int) -> Running:
+        """The running value of an empty history, (B, ...) float32 each."""
+
+    def parts(self, k: Tensor, v: Tensor, is_valid: Tensor) -> Running:
+        """The parts of segments: k, v (G, H, S, E), is_valid (G, S) to (G, ...) float32 each."""
+
+    def merge(self, running: Running, part: Running) -> Running:
+        """The running value after one more segment."""
+
+    def read(
+        self, running: Running, q: Tensor, k: Tensor, v: Tensor, num_events: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """What seeds read: their q, k, v (B, H, K, E), num_events (B,), to (B, H, K, E) and the mass (B, K, H) or None."""
+
+
+class SumMemory(nn.Module):
+    """phi(K)^T V summed over events; read through norm and outer activation (``vista.ops.qla``)."""
+
+    names = ("sum",)
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.head_width = config.width // config.num_heads
+
+    def initial(self, num_users: int) -> Running:
+        return (torch.zeros(num_users, self.num_heads, self.head_width, self.head_width),)
+
+    def parts(self, k: Tensor, v: Tensor, is_valid: Tensor) -> Running:
+        return (segment_sums(k * is_valid[:, None, :, None], v),)
+
+    def merge(self, running: Running, part: Running) -> Running:
+        return add(running, part)
+
+    def read(
+        self, running: Running, q: Tensor, k: Tensor, v: Tensor, num_events: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        # the seeds' own keys and values are added for them alone: events never see seeds
+        return read_memory(q, running[0] + segment_sums(k, v), rms_norm), None
+
+
+class SlotsMemory(nn.Module):
+    """One softmax read-out per seed and head over all events, carried as (numerator, denominator, maximum).
+
+    Naive definition, one head:  softmax(query_k . key_n / sqrt(E) over n) @ value.  The *mass*, log(sum of weights) -
+    log(number of events), tells how much of the history answered the seed: a mean alone forgets that.
+    """
+
+    names = ("slot_numerator", "slot_denominator", "slot_maximum")
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.num_heads, self.num_seeds = config.num_heads, config.num_seeds
+        self.head_width = config.width // config.num_heads
+        self.query = nn.Parameter(SLOT_QUERY_SCALE * torch.randn(self.num_heads, self.num_seeds, self.head_width))
+
+    def initial(self, num_users: int) -> Running:
+        shape = (num_users, self.num_heads, self.num_seeds)
+        return torch.zeros(*shape, self.head_width), torch.zeros(shape), torch.full(shape, EMPTY_MAXIMUM)
+
+    def parts(self, k: Tensor, v: Tensor, is_valid: Tensor) -> Running:
+        logits = (self.query.to(k.dtype) @ k.transpose(-2, -1)).float() * self.head_width**-0.5
+        logits = logits.masked_fill(~is_valid[:, None, None, :], EMPTY_MAXIMUM)
+        maximum = logits.amax(-1)
+        weight = (logits - maximum.detach()[..., None]).exp() * is_valid[:, None, None, :]
+        return (weight.to(v.dtype) @ v).float(), weight.sum(-1), maximum.detach()
+
+    def merge(self, running: Running, part: Running) -> Running:
+        maximum = torch.maximum(running[2], part[2])
+        old, new = (running[2] - maximum).exp(), (part[2] - maximum).exp()
+        return (
+            running[0] * old[..., None] + part[0] * new[..., None],
+            running[1] * old + part[1] * new,
+            maximum,
+        )
+
+    def read(
+        self, running: Running, q: Tensor, k: Tensor, v: Tensor, num_events: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        numerator, denominator, maximum = running
+        is_empty = denominator <= 0
+        safe = denominator.masked_fill(is_empty, 1.0)
+        log_count = num_events.clamp(min=1).log()[:, None, None]
+        mass = (maximum + safe.log() - log_count).masked_fill(is_empty, 0.0)
+        return (numerator / safe[..., None]).to(v.dtype), mass.transpose(1, 2)
+
+
+def make_memory(config: ModelConfig) -> SumMemory | SlotsMemory:
+    match config.memory:
+        case "sum":
+            return SumMemory(config)
+        case "slots":
+            return SlotsMemory(config)
+        case _:
+            raise AssertionError(config.memory)
+
+
+def project_heads(linear: nn.Linear, x: Tensor, num_heads: int) -> Tensor:
+    """(..., rows, D) to (..., H, rows, E)."""
+    return split_heads(linear(x), num_heads)

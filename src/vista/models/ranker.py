@@ -1,0 +1,142 @@
+"""Stage 2: candidates attend to [summary tokens; recent events; self], and to nothing else.
+
+Keys and values of tokens and recent events do not depend on the candidate: they are computed once, and C candidates
+cost C x (K + R), whatever the length of the history. The paper's stage 2 has the tokens and the candidate alone,
+because its stage 1 is refreshed with the candidate's request or within hours; ours has the recent events, to bridge
+the time since the tokens were read. Ours, too: the attention *mass* on tokens and on recent events (a log-sum-exp per
+head), added to what is read, because a softmax alone can tell what matched but not how much of it there was.
+
+Shape letters: M summaries, K summary tokens, N event rows, R recent events, Q requests, C candidates, H heads, E head
+width, D width, X context columns, T tasks.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from vista.config import ModelConfig
+from vista.models.batch import Requests
+from vista.models.embeddings import GAP_BUCKETS, gap_bucket
+from vista.models.inputs import US_PER_S
+from vista.models.layers import GatedUnit, aligned, norm, split_heads
+
+POSITION_BUCKETS = 24  # floor(log2(1 + place from the newest)): enough for R of 16 million
+LOGIT_SCALE = 2.0  # of a fresh attention head: an equal item stands out of some hundred others
+
+
+class TargetAttention(nn.Module):
+    """One pre-norm block in which candidates read the context; the context's rows stay as they are."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.query, self.key, self.value, self.out = (aligned(config.width) for _ in range(4))
+        self.log_scale = nn.Parameter(torch.full((config.num_heads,), math.log(LOGIT_SCALE)))
+        self.age_bias = nn.Embedding(GAP_BUCKETS, config.num_heads)
+        self.position_bias = nn.Embedding(POSITION_BUCKETS, config.num_heads)
+        nn.init.zeros_(self.age_bias.weight)
+        nn.init.zeros_(self.position_bias.weight)
+        self.mass = nn.Linear(2 * config.num_heads, config.width, bias=False)
+        nn.init.normal_(self.mass.weight, std=0.02)
+        self.unit = GatedUnit(config.width, config.expansion)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def keys_values(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Context rows (..., n, D) to keys and values (..., H, n, E), shared by all candidates."""
+        h = norm(rows)
+        return split_heads(self.key(h), self.num_heads), split_heads(self.value(h), self.num_heads)
+
+    def forward(self, x: Tensor, tokens: tuple[Tensor, Tensor], recent: tuple[Tensor, Tensor], bias: Tensor) -> Tensor:
+        """x (Q, C, D); keys and values of tokens (Q, H, K, E) and recent events (Q, H, R, E); bias (Q, H, 1, R)."""
+        h = norm(x)
+        q, k_self, v_self = (split_heads(p(h), self.num_heads) for p in (self.query, self.key, self.value))
+        q = q * (self.log_scale.exp() * q.shape[-1] ** -0.5)[:, None, None].to(q.dtype)
+        on_tokens = (q @ tokens[0].transpose(-2, -1)).float()
+        on_recent = (q @ recent[0].transpose(-2, -1)).float() + bias
+        on_self = (q * k_self).sum(-1, keepdim=True).float()
+        weight = torch.cat([on_tokens, on_recent, on_self], -1).softmax(-1).to(q.dtype)
+        num_tokens, num_recent = tokens[0].shape[-2], recent[0].shape[-2]
+        w_tokens, w_recent, w_self = weight.split([num_tokens, num_recent, 1], -1)
+        read = w_tokens @ tokens[1] + w_recent @ recent[1] + w_self * v_self
+        mass = torch.cat([_log_mass(on_tokens), _log_mass(on_recent)], 1).transpose(1, 2)  # (Q, C, 2H)
+        x = x + self.dropout(self.out(read.transpose(1, 2).flatten(2)) + self.mass(mass.to(x.dtype)))
+        return x + self.dropout(self.unit(norm(x)))
+
+
+def _log_mass(logits: Tensor) -> Tensor:
+    """log(1 + sum of exp): 0 where there is nothing to attend to, so that an empty history is an ordinary value."""
+    return torch.cat([torch.zeros_like(logits[..., :1]), logits], -1).logsumexp(-1)
+
+
+@dataclass(frozen=True)
+class UserCache:
+    """What is computed once per user: keys and values of tokens and of recent events, one pair per block."""
+
+    tokens: tuple[tuple[Tensor, Tensor], ...]
+    recent: tuple[tuple[Tensor, Tensor], ...]
+
+
+class Ranker(nn.Module):
+    """Candidates x (summary tokens, recent events) to one logit per task."""
+
+    def __init__(self, config: ModelConfig, num_tasks: int, num_context: int) -> None:
+        super().__init__()
+        self.config = config
+        self.blocks = nn.ModuleList(TargetAttention(config) for _ in range(config.ranker_layers))
+        self.target = nn.Parameter(0.1 * torch.randn(config.width))
+        self.head = nn.Sequential(
+            nn.Linear(2 * config.width + num_context + 2, config.head_width),
+            nn.SiLU(),
+            nn.Linear(config.head_width, num_tasks),
+        )
+
+    def prepare(self, tokens: Tensor, event_x: Tensor) -> UserCache:
+        """Summary tokens (M, K, D) and event vectors (N, D), to their keys and values."""
+        recent = []
+        for block in self._blocks:
+            k, v = block.keys_values(event_x)  # (H, N, E)
+            recent.append((k.transpose(0, 1), v.transpose(0, 1)))  # rows first, to be gathered
+        return UserCache(tuple(block.keys_values(tokens) for block in self._blocks), tuple(recent))
+
+    def forward(self, cache: UserCache, requests: Requests, candidate_x: Tensor) -> Tensor:
+        """Logits (Q, C, T). candidate_x (Q, C, D): the candidates' item vectors."""
+        index, is_absent = requests.recent.clamp(min=0), requests.recent < 0
+        age_us = (requests.timestamp_us[:, None] - requests.recent_us).clamp(min=0)
+        age = gap_bucket(age_us)
+        x = candidate_x + self.target
+        for block, tokens, recent in zip(self._blocks, cache.tokens, cache.recent, strict=True):
+            bias = self._bias(block, age, is_absent)
+            k, v = (_gather(rows, index) for rows in recent)
+            x = block(x, tuple(t[requests.summary] for t in tokens), (k, v), bias)
+        h = torch.cat([norm(x), norm(candidate_x), requests.context, self._user_features(requests, age_us)], -1)
+        return self.head(h.to(x.dtype)).float()
+
+    @property
+    def _blocks(self) -> list[TargetAttention]:
+        return list(self.blocks)  # type: ignore[arg-type]
+
+    @staticmethod
+    def _bias(block: TargetAttention, age: Tensor, is_absent: Tensor) -> Tensor:
+        """(Q, H, 1, R): by age and by place, and minus infinity where there is no event."""
+        size = age.shape[1]
+        place = torch.arange(size, 0, -1, device=age.device).float().log2().floor().long()
+        bias = block.age_bias(age) + block.position_bias(place)
+        return bias.masked_fill(is_absent[..., None], float("-inf")).transpose(1, 2)[:, :, None, :]
+
+    def _user_features(self, requests: Requests, age_us: Tensor) -> Tensor:
+        """(Q, C, 2): the length of the history and the time since its last event, log-scaled."""
+        last_age_s = age_us[:, -1] / US_PER_S if age_us.shape[1] else torch.zeros_like(requests.num_known)
+        last_age_s = last_age_s.float().masked_fill(requests.num_known == 0, 0.0)
+        features = torch.stack([requests.num_known.float().log1p(), last_age_s.log1p()], -1) / 10
+        return features[:, None, :].expand(-1, requests.candidate.shape[1], -1)
+
+
+def _gather(rows: Tensor, index: Tensor) -> Tensor:
+    """rows (N, H, E), index (Q, R), to (Q, H, R, E)."""
+    if not len(rows):
+        return rows.new_zeros(len(index), rows.shape[1], index.shape[1], rows.shape[2])
+    return rows[index].transpose(1, 2)

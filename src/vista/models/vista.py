@@ -1,0 +1,160 @@
+"""The models by name, behind one interface: a `TimelineBatch` in, logits out; and, for the sequence models, their two
+stages.
+
+``vista`` is Summarizer + Ranker. ``recent`` is the same ranker without a summary: the control that shows what the
+summary is worth. ``counts`` is no sequence model at all (``vista.models.counts``).
+
+Shape letters: B lanes, G segments, S events in a segment, M summaries, Q requests, C candidates, T tasks, P windows.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from vista.config import ModelConfig
+from vista.models.batch import Memory, Output, Requests, TimelineBatch
+from vista.models.counts import CountsModel
+from vista.models.embeddings import EventEmbedding, ItemEmbedding, ItemTables
+from vista.models.inputs import Events, Progress, Recent
+from vista.models.losses import ReconstructionDecoder
+from vista.models.ranker import Ranker
+from vista.models.summarizer import Summarizer, UserState
+from vista.ops.qla import SegmentOrder
+
+
+class SequenceModel(nn.Module):
+    """Summarizer (unless ``num_seeds`` is 0) and Ranker on one event embedding."""
+
+    def __init__(
+        self, config: ModelConfig, tables: ItemTables, num_actions: int, num_tasks: int, num_context: int
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = EventEmbedding(ItemEmbedding(tables, config.width), num_actions, config.width)
+        has_summary = config.model == "vista" and config.num_seeds > 0
+        self.summarizer = Summarizer(config, self.embedding) if has_summary else None
+        self.ranker = Ranker(config, num_tasks, num_context)
+        self.decoder = ReconstructionDecoder(config) if has_summary else None
+
+    # -- training and evaluation: over timelines
+
+    def forward(self, batch: TimelineBatch, memory: Memory) -> Output:
+        """Score a batch on top of the memory (B, ...) its lanes carry."""
+        event_x = self._embed(batch.events)
+        tokens, last = self.summaries(batch, event_x, memory)
+        logits = self.rank(tokens, event_x, batch.requests)
+        error = None
+        if batch.windows is not None and self.decoder is not None:
+            rows = batch.windows.index.clamp(min=0)
+            window_x = self._embed(batch.windows.events)[rows]
+            error = self.decoder(tokens[batch.windows.summary], window_x, batch.windows.index >= 0)
+        return Output(logits, last, error)
+
+    def summaries(self, batch: TimelineBatch, event_x: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
+        """Summary tokens (M, K, D) at the batch's borders, and each lane's memory after the batch."""
+        if self.summarizer is None:
+            return event_x.new_zeros(len(batch.borders.row), 0, self.config.width), ()
+        if self.config.scope == "full":
+            return self._full_summaries(batch, event_x), ()
+        order = SegmentOrder.of(batch.num_segments)
+        after, last = self.summarizer.fold(event_x[batch.segment.clamp(min=0)], batch.segment >= 0, order, memory)
+        row = batch.borders.row
+        at_border = _map(lambda before, later: torch.cat([before, later])[row], memory, after)
+        return self.summarizer.read_memory(at_border, batch.borders.progress), last
+
+    def _full_summaries(self, batch: TimelineBatch, event_x: Tensor) -> Tensor:
+        """The reference: each border reads its whole history, which the batch's events then begin with."""
+        assert self.summarizer is not None
+        tokens = []
+        for m, (lane, count) in enumerate(
+            zip(batch.borders.lane.tolist(), batch.borders.progress.num_events.tolist(), strict=True)
+        ):
+            start = int(batch.events.offsets[lane])
+            one = Progress(*(t[m : m + 1] for t in _columns(batch.borders.progress)))
+            tokens.append(self.summarizer.read_full(event_x[start : start + count], one))
+        return torch.stack(tokens) if tokens else event_x.new_zeros(0, self.config.num_seeds, self.config.width)
+
+    def init_memory(self, num_lanes: int) -> Memory:
+        """The memory of lanes that start at the beginning of a history."""
+        return self.summarizer.init_state(num_lanes).memory if self.summarizer is not None else ()
+
+    def rank(self, tokens: Tensor, event_x: Tensor, requests: Requests) -> Tensor:
+        """Logits (Q, C, T) from summary tokens (M, K, D) and event vectors (N, D)."""
+        cache = self.ranker.prepare(tokens, event_x)
+        return self.ranker(cache, requests, self.embedding.items(requests.candidate))
+
+    def _embed(self, events: Events) -> Tensor:
+        return self.embedding(events.item, events.action, events.timestamp_us, events.gap_us)
+
+    # -- serving: from stored tokens and recent events
+
+    def rank_users(
+        self,
+        tokens: Tensor,
+        recent: Recent,
+        num_known: Tensor,
+        timestamp_us: Tensor,
+        candidate: Tensor,
+        context: Tensor | None = None,
+    ) -> Tensor:
+        """Logits (B, C, T) of B users' candidates, as online ranking computes them.
+
+        tokens (B, K, D), recent (B, R), num_known (B,) events known, timestamp_us (B,) of the request, candidate (B,
+        C) item index, context (B, C, X) or None for none. """  # fmt: skip
+        num_users, size = recent.item.shape
+        rows = torch.arange(num_users * size, device=recent.item.device).view(num_users, size)
+        if context is None:
+            context = tokens.new_zeros(*candidate.shape, 0)
+        requests = Requests(
+            summary=torch.arange(num_users, device=candidate.device),
+            recent=torch.where(recent.item > 0, rows, -1),
+            recent_us=recent.timestamp_us,
+            timestamp_us=timestamp_us,
+            num_known=num_known,
+            candidate=candidate,
+            context=context,
+        )
+        event_x = self.embedding(*(c.flatten() for c in _columns(recent)))
+        return self.rank(tokens, event_x, requests)
+
+    def empty_summary(self, num_users: int) -> Tensor:
+        """Summary tokens (B, K, D) of users without any event: the answer for those a store does not know."""
+        if self.summarizer is None:
+            return torch.zeros(num_users, 0, self.config.width)
+        if self.config.scope == "full":
+            return self.summarizer.read(self.summarizer.init_state(1)).expand(num_users, -1, -1)
+        return self.summarizer.read(self.summarizer.init_state(num_users))
+
+    def state_tokens(self, state: UserState) -> Tensor:
+        """The tokens that training, bulk and online use: as of the newest closed border; recent events have the rest."""
+        if self.summarizer is None:
+            return torch.zeros(state.num_users, 0, self.config.width)
+        return self.summarizer.read(state, include_open=False)
+
+
+def _columns(group: Progress | Recent) -> list[Tensor]:
+    return [getattr(group, name) for name in group.__dataclass_fields__]
+
+
+def _map(function, *memories: Memory) -> Memory:  # type: ignore[no-untyped-def]
+    """Apply to every tensor of memories of one structure."""
+    return tuple(
+        tuple(
+            tuple(function(*tensors) for tensors in zip(*running, strict=True)) for running in zip(*layers, strict=True)
+        )
+        for layers in zip(*memories, strict=True)
+    )
+
+
+def make_model(
+    config: ModelConfig, tables: ItemTables, num_actions: int, num_tasks: int, num_context: int, num_counts: int
+) -> SequenceModel | CountsModel:
+    """The model a config names."""
+    match config.model:
+        case "vista" | "recent":
+            return SequenceModel(config, tables, num_actions, num_tasks, num_context)
+        case "counts":
+            return CountsModel(config, num_tasks, num_context, num_counts)
+        case _:
+            raise AssertionError(config.model)

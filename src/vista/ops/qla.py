@@ -1,0 +1,181 @@
+"""Quasi-linear attention (QLA): the paper's operator, and our segment-causal form of it.
+
+Paper: arXiv 2510.22049, section 3 (QLU). With phi = SiLU and Z = phi(K_S)^T V_S, one head:
+
+    O_S = phi(Q_S) phi(Z)
+    O_T = phi(Q_T) phi(Z) + rowsum(phi(Q_T) * phi(K_T)) * V_T     a target sees the sources and itself, no other target
+
+Ours, for a history cut into segments of S events (design: "segment-causal"):
+
+    Z_g = phi(K_g)^T V_g ;  M_g = M_{g-1} + Z_g ;  O_g = phi(Q_g) phi(norm(M_g))
+
+With one segment that holds everything (S = infinity) and no norm, O_g is the paper's O_S.
+
+Each operator stands here twice: ``*_naive`` is the definition, one history and plain loops, meant to be read and to be
+tested against; the other form is the one models use. Values and gradients are equal (tests/ops/test_qla.py).
+
+Shape letters: B users, G segments (of all users together), S rows of a segment, H heads, E head width, F value width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import silu
+
+Norm = Callable[[Tensor], Tensor]
+
+
+def no_norm(memory: Tensor) -> Tensor:
+    """The paper's choice: the memory as it is."""
+    return memory
+
+
+def rms_norm(memory: Tensor, eps: float = 1e-6) -> Tensor:
+    """Memory (..., E, F) divided by the root mean square of its entries: removes the growth with the number of events.
+
+    The paper suggests a factor 1/N for the linear form and leaves open where it goes with an outer activation;
+    dividing by the measured size instead also holds when keys repeat (then the memory grows like N, else like
+    sqrt(N)).
+    """
+    return memory * torch.rsqrt(memory.square().mean(dim=(-2, -1), keepdim=True) + eps)
+
+
+def qla(
+    q_s: Tensor, k_s: Tensor, v_s: Tensor, q_t: Tensor, k_t: Tensor, v_t: Tensor, norm: Norm = no_norm
+) -> tuple[Tensor, Tensor]:
+    """The paper's operator. Sources (..., n, E|F) and targets (..., m, E|F) to (..., n, F) and (..., m, F).
+
+    ``norm`` is applied to Z before the outer activation (not in the paper; default none). A padded source row must
+    have a zero key: SiLU(0) = 0, so it adds nothing.
+    """
+    memory = silu(norm(silu(k_s).transpose(-2, -1) @ v_s))
+    phi_q_t = silu(q_t)
+    self_weight = (phi_q_t * silu(k_t)).sum(-1, keepdim=True)
+    return silu(q_s) @ memory, phi_q_t @ memory + self_weight * v_t
+
+
+def qla_naive(
+    q_s: Tensor, k_s: Tensor, v_s: Tensor, q_t: Tensor, k_t: Tensor, v_t: Tensor, norm: Norm = no_norm
+) -> tuple[Tensor, Tensor]:
+    """The definition of ``qla``, one head without leading dimensions, row by row."""
+    z = torch.zeros(k_s.shape[-1], v_s.shape[-1], dtype=v_s.dtype)
+    for key, value in zip(k_s, v_s, strict=True):
+        z = z + torch.outer(silu(key), value)
+    memory = silu(norm(z))
+    o_s = [silu(query) @ memory for query in q_s]
+    o_t = [
+        silu(query) @ memory + (silu(query) @ silu(key)) * value
+        for query, key, value in zip(q_t, k_t, v_t, strict=True)
+    ]
+    return _stack(o_s, v_s), _stack(o_t, v_t)
+
+
+def segment_causal_qla_naive(
+    q: Tensor, k: Tensor, v: Tensor, segment_events: int, norm: Norm = rms_norm, memory: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The definition for one history and head: q, k (N, E), v (N, F), to the outputs (N, F) and the memory (E, F)."""
+    if memory is None:
+        memory = torch.zeros(k.shape[-1], v.shape[-1], dtype=v.dtype)
+    outputs = []
+    for start in range(0, len(q), segment_events):
+        rows = slice(start, start + segment_events)
+        for key, value in zip(k[rows], v[rows], strict=True):
+            memory = memory + torch.outer(silu(key), value)
+        outputs += [silu(query) @ silu(norm(memory)) for query in q[rows]]
+    return _stack(outputs, v), memory
+
+
+def _stack(rows: list[Tensor], like: Tensor) -> Tensor:
+    return torch.stack(rows) if rows else like.new_zeros(0, like.shape[-1])
+
+
+@dataclass(frozen=True)
+class SegmentOrder:
+    """Which user each segment belongs to, and in which order segments are folded.
+
+    user        (G,) int64: user of each segment; the segments of one user stand in time order
+    num_users   B
+    steps       for each j: the rows of the j-th segments of all users that have that many
+    users       for each j: the users of those rows
+    """
+
+    user: Tensor
+    num_users: int
+    steps: tuple[Tensor, ...]
+    users: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, num_segments: Tensor) -> SegmentOrder:
+        """From the number of segments of each user, (B,) int64, segments lying user after user."""
+        num_segments = num_segments.to(torch.int64).cpu()
+        first = num_segments.cumsum(0) - num_segments
+        steps, users = [], []
+        for j in range(int(num_segments.max()) if len(num_segments) else 0):
+            active = (num_segments > j).nonzero().squeeze(1)
+            steps.append(first[active] + j)
+            users.append(active)
+        user = torch.repeat_interleave(torch.arange(len(num_segments)), num_segments)
+        return cls(user, len(num_segments), tuple(steps), tuple(users))
+
+    def scan(
+        self,
+        merge: Callable[[tuple[Tensor, ...], tuple[Tensor, ...]], tuple[Tensor, ...]],
+        initial: Sequence[Tensor],
+        parts: Sequence[Tensor],
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Fold each user's segments one after another: the running value after each segment, and after the last.
+
+        merge    combines a running value with a segment's part; both are tuples of tensors, users in the first
+        dimension
+        initial  (B, ...) each;  parts  (G, ...) each.  Returns ((G, ...) each, (B, ...) each).
+
+        Always in time order and never as a parallel prefix sum, so that the result does not depend on how a history was
+        cut into calls: the same additions happen in the same order.
+        """
+        running = tuple(initial)
+        after_segment: list[tuple[Tensor, ...]] = []
+        for rows, users in zip(self.steps, self.users, strict=True):
+            everyone = len(users) == self.num_users
+            now = running if everyone else tuple(value[users] for value in running)
+            now = merge(now, tuple(part[rows] for part in parts))
+            running = (
+                now
+                if everyone
+                else tuple(value.index_copy(0, users, new) for value, new in zip(running, now, strict=True))
+            )
+            after_segment.append(now)
+        if not after_segment:
+            return tuple(parts), running
+        place = torch.argsort(torch.cat(self.steps))
+        return tuple(torch.cat(values)[place] for values in zip(*after_segment, strict=True)), running
+
+
+def add(running: tuple[Tensor, ...], part: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The merge of a sum memory."""
+    return tuple(a + b for a, b in zip(running, part, strict=True))
+
+
+def segment_sums(k: Tensor, v: Tensor) -> Tensor:
+    """Z_g = phi(K_g)^T V_g in float32. k (G, H, S, E) with zero rows where padded, v (G, H, S, F): (G, H, E, F)."""
+    return (silu(k).transpose(-2, -1) @ v).float()
+
+
+def read_memory(q: Tensor, memory: Tensor, norm: Norm = rms_norm) -> Tensor:
+    """phi(Q) phi(norm(M)): q (..., rows, E), memory (..., E, F) float32, to (..., rows, F) in q's type."""
+    return silu(q) @ silu(norm(memory)).to(q.dtype)
+
+
+def segment_causal_qla(
+    q: Tensor, k: Tensor, v: Tensor, memory: Tensor, order: SegmentOrder, norm: Norm = rms_norm
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Segment-causal QLA over the segments of many users at once.
+
+    q, k (G, H, S, E), v (G, H, S, F); zero key rows where a segment is padded; memory (B, H, E, F) float32 before them.
+    Returns the outputs (G, H, S, F), the memory after each segment (G, H, E, F), and after all, (B, H, E, F).
+    """
+    (after_segment,), (last,) = order.scan(add, (memory,), (segment_sums(k, v),))
+    return read_memory(q, after_segment, norm), after_segment, last

@@ -1,0 +1,342 @@
+"""The training loop: one readable pass, resumable to the bit.
+
+Two optimizers: AdamW for dense weights, a sparse Adam for the item rows (only the rows a step touched move). The learning
+rates warm up linearly and fall as a cosine to the last step, or to the end of the time budget if that comes first.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+
+from vista.batches.timelines import Feed, MemoryCarry, Step, TimelineWalk
+from vista.checkpoint import (
+    ModelSchema,
+    build_model,
+    load_description,
+    load_weights,
+    read_tensors,
+    start_run,
+    write_tensors,
+)
+from vista.config import Config, TrainConfig
+from vista.data.histories import PreparedData
+from vista.errors import CheckpointError, StaleOutput, TrainingError
+from vista.evaluation.metrics import normalized_entropy
+from vista.evaluation.scoring import score
+from vista.models.batch import Output
+from vista.models.losses import multi_task_loss
+from vista.progress import Progress
+
+
+@dataclass
+class Position:
+    """Where training stands; saved with every checkpoint."""
+
+    step: int = 0
+    epoch: int = 0
+    elapsed_s: float = 0.0
+    best_ne: float = math.inf
+    best_step: int = 0
+    validations_without_gain: int = 0
+    walk: dict[str, Any] | None = None
+
+
+@dataclass
+class Feeds:
+    """The data of training and of validation."""
+
+    train: Feed
+    validation: Feed
+
+
+def train(data: PreparedData, out: Path, config: Config, resume: bool = False, quiet: bool = False) -> Path:
+    """Train a model on prepared data into the run folder ``out``; returns it.
+
+    Ctrl-C ends after the step under way, with a checkpoint; ``resume`` goes on from the last one and gives the weights an
+    uninterrupted run would have given (but for a time budget, which counts seconds). Raises StaleOutput when ``out`` holds a run and
+    ``resume`` is not set, TrainingError for labels that never vary and for a loss that is not finite.
+    """
+    check_labels(data)
+    torch.manual_seed(config.train.seed)
+    feeds, count_names = make_feeds(data, config)
+    schema = ModelSchema.of(data.manifest, data.catalogue, count_names)
+    if resume:
+        saved, saved_schema, _ = load_description(out)
+        if saved.model != config.model:
+            raise CheckpointError(f"{out}: was started with another model config; resume with the same settings")
+        if saved_schema != schema:
+            raise CheckpointError(
+                f"{out}: was started on other data (or another preparation of it); resume with the same"
+            )
+    elif (out / "config.json").exists():
+        raise StaleOutput(f"{out} already holds a run; add --resume to go on with it, or choose another --out")
+    else:
+        start_run(out, config, schema, data.catalogue)
+    trainer = Trainer(build_model(config.model, schema, data.catalogue), feeds, config, out)
+    if resume:
+        trainer.restore()
+    trainer.run(quiet)
+    return out
+
+
+def check_labels(data: PreparedData) -> None:
+    """Refuse what cannot be learned from: no training impressions, no validation, or a task with one label only."""
+    for split in ("train", "validation"):
+        label = data.impressions(split).label
+        if not len(label):
+            raise TrainingError(f"{data.folder}: the {split} split has no impressions; prepare with other split times")
+        for task, mean in zip(data.manifest.tasks, label.mean(0).tolist(), strict=True):
+            if mean in (0.0, 1.0):
+                raise TrainingError(
+                    f"{data.folder}: task {task!r} is {int(mean)} in all {len(label)} {split} impressions; "
+                    "there is nothing to learn: check the label column, or drop the task"
+                )
+
+
+def make_feeds(data: PreparedData, config: Config) -> tuple[Feeds, tuple[str, ...]]:
+    """Feeds of the train and validation splits, and the names of the count features if the model reads them."""
+    train, names = make_feed(data, config, "train")
+    validation, _ = make_feed(data, config, "validation")
+    users = users_up_to(validation, config.train.validation_requests, config.train.seed)
+    return Feeds(replace(train, train=True), replace(validation, users=users)), names
+
+
+def make_feed(data: PreparedData, config: Config, split: str) -> tuple[Feed, tuple[str, ...]]:
+    """The feed of one split, with count features where the model reads them."""
+    impressions = data.impressions(split)
+    if config.model.model != "counts":
+        return Feed(data.histories, impressions, config), ()
+    from vista.data.counts import CountFeatures
+
+    counts = CountFeatures.of(data, impressions)
+    return Feed(data.histories, impressions, config, count_features=counts), counts.feature_names
+
+
+def users_up_to(feed: Feed, max_requests: int, seed: int) -> np.ndarray:
+    """Users drawn at random until they have ``max_requests`` requests together."""
+    users, counts = np.unique(feed.impressions.user, return_counts=True)
+    order = np.random.default_rng([seed, 1]).permutation(len(users))
+    enough = int(np.searchsorted(np.cumsum(counts[order]), max_requests)) + 1
+    return np.sort(users[order[:enough]])
+
+
+class Trainer:
+    """A model, its optimizers and its place in the data."""
+
+    def __init__(self, model: Any, feeds: Feeds, config: Config, out: Path) -> None:
+        self.model, self.feeds, self.config, self.out = model, feeds, config, out
+        self.optimizers = make_optimizers(model, config.train)
+        self.position, self.carry = Position(), MemoryCarry()
+        self.total_steps = self._count_steps()
+        self.writer = SummaryWriter(str(out / "tensorboard"))
+        self.sums: dict[str, float] = {}
+        self.steps_summed = 0
+
+    def _count_steps(self) -> int:
+        requests = TimelineWalk(self.feeds.train).num_requests
+        per_epoch = math.ceil(requests / self.config.train.requests_per_step)
+        return min(self.config.train.max_steps, per_epoch * self.config.train.max_epochs)
+
+    # -- the loop
+
+    def run(self, quiet: bool = False) -> None:
+        """Train to the end: last step or epoch, time budget, or no better validation for long enough."""
+        settings, checkpoint_s = self.config.train, time.monotonic()
+        progress = Progress("train", total=self.total_steps, unit="steps", quiet=quiet)
+        with progress, stop_on_interrupt() as interrupted:
+            progress.advance(self.position.step)
+            started, before = time.monotonic(), self.position.elapsed_s
+            for step in self._steps():
+                self._train_step(step)
+                progress.advance(1)
+                self.position.elapsed_s = before + time.monotonic() - started
+                is_last = self._is_over()
+                if is_last or self.position.step % settings.validate_every_steps == 0:
+                    facts = self._validate()
+                    progress.update(**facts)
+                if is_last or interrupted() or time.monotonic() - checkpoint_s > settings.checkpoint_every_s:
+                    self.save(step)
+                    checkpoint_s = time.monotonic()
+                if interrupted():
+                    raise KeyboardInterrupt(f"checkpoint of step {self.position.step} kept in {self.out}")
+                if is_last or self.position.validations_without_gain >= settings.patience:
+                    break
+        if self.position.best_step == 0:  # nothing was ever better than infinity: keep what there is
+            self._keep_best()
+        self.writer.close()
+
+    def _steps(self) -> Iterator[Step]:
+        while True:
+            walk = TimelineWalk(self.feeds.train, self.config.train.seed, self.position.epoch)
+            if self.position.walk is not None:
+                walk.resume(self.position.walk)
+            for step in walk:
+                self.position.walk = step.position
+                yield step
+            self.position.epoch += 1
+            self.position.walk = None
+
+    def _is_over(self) -> bool:
+        budget = self.config.train.time_budget_s
+        return self.position.step >= self.total_steps or (budget > 0 and self.position.elapsed_s >= budget)
+
+    def _train_step(self, step: Step) -> None:
+        settings = self.config.train
+        self.model.train()
+        factor = self._rate_factor()
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * factor
+        with torch.autocast("cpu", torch.bfloat16, enabled=settings.precision == "bfloat16"):
+            output = self.model(step.batch, self.carry.gather(step, self.model.init_memory(len(step.users))))
+        loss, facts = self._loss(step, output)
+        if not math.isfinite(facts["loss"]):
+            raise TrainingError(
+                f"the loss is {facts['loss']} at step {self.position.step + 1} (users {step.users[:5]} ...): lower "
+                f"dense_lr ({settings.dense_lr}) or embedding_lr ({settings.embedding_lr}), or look for absurd context "
+                f"values; the last good weights are in {self.out}"
+            )
+        loss.backward()
+        dense = [p for group in self.optimizers[0].param_groups for p in group["params"]]
+        nn.utils.clip_grad_norm_(dense, settings.clip_norm)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.carry.keep(step, output.memory)
+        self.position.step += 1
+        for name, value in facts.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        self.steps_summed += 1
+
+    def _loss(self, step: Step, output: Output) -> tuple[Tensor, dict[str, float]]:
+        loss = multi_task_loss(output.logits, step.batch.label, step.batch.is_valid)
+        facts = {"log_loss": float(loss)}
+        if output.reconstruction is not None:
+            error = output.reconstruction.mean()
+            facts["reconstruction"] = float(error)
+            loss = loss + self.config.train.reconstruction_weight * error
+        return loss, facts | {"loss": float(loss)}
+
+    def _rate_factor(self) -> float:
+        settings, step = self.config.train, self.position.step
+        done = step / self.total_steps
+        if settings.time_budget_s > 0:
+            done = max(done, self.position.elapsed_s / settings.time_budget_s)
+        warm = min(1.0, (step + 1) / max(settings.warmup_steps, 1))
+        return warm * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+
+    # -- validation and checkpoints
+
+    def _validate(self) -> dict[str, float]:
+        scores = score(self.model, self.feeds.validation, "validate", quiet=True)
+        label = self.feeds.validation.impressions.label[scores.impression]
+        ne = float(np.mean([normalized_entropy(label[:, t], scores.probability[:, t]) for t in range(label.shape[1])]))
+        facts = {name: value / max(self.steps_summed, 1) for name, value in self.sums.items()} | {"validation_ne": ne}
+        self.sums, self.steps_summed = {}, 0
+        for name, value in facts.items():
+            self.writer.add_scalar(name, value, self.position.step)
+        with (self.out / "log.jsonl").open("a") as file:
+            line = {"step": self.position.step, "elapsed_s": round(self.position.elapsed_s, 1), **facts}
+            file.write(json.dumps(line) + "\n")
+        if ne < self.position.best_ne:
+            self.position.best_ne, self.position.best_step = ne, self.position.step
+            self.position.validations_without_gain = 0
+            self._keep_best()
+        else:
+            self.position.validations_without_gain += 1
+        return facts
+
+    def _keep_best(self) -> None:
+        facts = {"step": self.position.step, "validation_ne": self.position.best_ne}
+        write_tensors(self.out / "model.safetensors", self.model.state_dict(), facts)
+
+    def save(self, step: Step) -> None:
+        """Write all that going on needs, in one atomic step."""
+        tensors = {f"model.{name}": t for name, t in self.model.state_dict().items()}
+        for index, optimizer in enumerate(self.optimizers):
+            for parameter, state in optimizer.state_dict()["state"].items():
+                tensors |= {f"optimizer.{index}.{parameter}.{k}": torch.as_tensor(v) for k, v in state.items()}
+        tensors |= {f"carry.{name}": t for name, t in self.carry.state().items()}
+        tensors["rng"] = torch.get_rng_state()
+        facts = vars(self.position) | {"sums": self.sums, "steps_summed": self.steps_summed}
+        write_tensors(self.out / "training.safetensors", tensors, facts)
+
+    def restore(self) -> None:
+        """Go on from ``training.safetensors``. Raises CheckpointError when it is not there or does not fit."""
+        path = self.out / "training.safetensors"
+        if not path.exists():
+            raise CheckpointError(f"{path} is not there: nothing to resume; remove {self.out} and start again")
+        tensors, facts = read_tensors(path)
+        self.sums, self.steps_summed = facts.pop("sums"), facts.pop("steps_summed")
+        self.position = Position(**facts)
+        load_weights(self.model, _under("model.", tensors), path)
+        for index, optimizer in enumerate(self.optimizers):
+            state: dict[int, dict[str, Any]] = {}
+            for name, t in _under(f"optimizer.{index}.", tensors).items():
+                parameter, key = name.split(".", 1)
+                state.setdefault(int(parameter), {})[key] = _as_saved(optimizer, key, t)
+            optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        self.carry.load(_under("carry.", tensors))
+        torch.set_rng_state(tensors["rng"])
+
+
+def make_optimizers(model: nn.Module, settings: TrainConfig) -> list[torch.optim.Optimizer]:
+    """AdamW for dense weights (decay on matrices only), sparse Adam for embedding tables with sparse gradients."""
+    sparse = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding) and m.sparse}
+    dense = [p for p in model.parameters() if id(p) not in sparse]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in dense if p.ndim > 1], "weight_decay": settings.weight_decay},
+        {"params": [p for p in dense if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=settings.dense_lr)]
+    tables = [p for p in model.parameters() if id(p) in sparse]
+    if tables:
+        optimizers.append(torch.optim.SparseAdam(tables, lr=settings.embedding_lr))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["initial_lr"] = group["lr"]
+    return optimizers
+
+
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+
+def _as_saved(optimizer: torch.optim.Optimizer, key: str, value: Tensor) -> Any:
+    # SparseAdam counts its steps in a plain integer, AdamW in a tensor
+    return int(value) if key == "step" and isinstance(optimizer, torch.optim.SparseAdam) else value
+
+
+@contextmanager
+def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
+    """Within it, the first Ctrl-C only sets a flag, so that a step is never cut in two; the second one interrupts at once."""
+    asked = [False]
+
+    def handle(signum: int, frame: FrameType | None) -> None:
+        if asked[0]:
+            raise KeyboardInterrupt
+        asked[0] = True
+
+    try:
+        previous = signal.signal(signal.SIGINT, handle)
+    except ValueError:  # not the main thread: whoever owns it decides
+        yield lambda: asked[0]
+        return
+    try:
+        yield lambda: asked[0]
+    finally:
+        signal.signal(signal.SIGINT, previous)

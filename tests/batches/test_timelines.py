@@ -143,7 +143,7 @@ def _alone_full(model: SequenceModel, feed: Feed, request: int) -> torch.Tensor:
     # recent events come from a segment-scoped summarizer, the tokens from the full one
     with_recent = make_model(feed, scope="segment")
     with_recent.summarizer = _Both(full, segment, known // size * size)  # type: ignore[assignment]
-    with_recent.ranker, with_recent.embedding = model.ranker, model.embedding
+    with_recent.ranker = model.ranker
     return alone(with_recent, feed, request)
 
 
@@ -153,6 +153,7 @@ class _Both(torch.nn.Module):
     def __init__(self, full, segment, border):
         super().__init__()
         self.full, self.segment, self.border = full, segment, border
+        self.embedding = full.embedding
 
     def init_state(self, n):
         return self.full.init_state(n), self.segment.init_state(n)

@@ -69,7 +69,7 @@ class TargetAttention(nn.Module):
 
 def _log_mass(logits: Tensor) -> Tensor:
     """log(1 + sum of exp): 0 where there is nothing to attend to, so that an empty history is an ordinary value."""
-    return torch.cat([torch.zeros_like(logits[..., :1]), logits], -1).logsumexp(-1)
+    return torch.cat([logits.new_zeros(*logits.shape[:-1], 1), logits], -1).logsumexp(-1)
 
 
 @dataclass(frozen=True)

@@ -31,11 +31,20 @@ class SequenceModel(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        self.embedding = EventEmbedding(ItemEmbedding(tables, config.width), num_actions, config.width)
+        embedding = EventEmbedding(ItemEmbedding(tables, config.width), num_actions, config.width)
         has_summary = config.model == "vista" and config.num_seeds > 0
-        self.summarizer = Summarizer(config, self.embedding) if has_summary else None
+        self.summarizer = Summarizer(config, embedding) if has_summary else None
+        # One owner, or every shared weight would stand twice in a checkpoint.
+        self.own_embedding = None if has_summary else embedding
         self.ranker = Ranker(config, num_tasks, num_context)
         self.decoder = ReconstructionDecoder(config) if has_summary else None
+
+    @property
+    def embedding(self) -> EventEmbedding:
+        """The event embedding that both stages read."""
+        embedding = self.own_embedding if self.summarizer is None else self.summarizer.embedding
+        assert embedding is not None
+        return embedding
 
     # -- training and evaluation: over timelines
 

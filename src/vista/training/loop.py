@@ -224,12 +224,12 @@ class Trainer:
 
     def _loss(self, step: Step, output: Output) -> tuple[Tensor, dict[str, float]]:
         loss = multi_task_loss(output.logits, step.batch.label, step.batch.is_valid)
-        facts = {"log_loss": float(loss)}
+        facts = {"log_loss": float(loss.detach())}
         if output.reconstruction is not None:
             error = output.reconstruction.mean()
-            facts["reconstruction"] = float(error)
+            facts["reconstruction"] = float(error.detach())
             loss = loss + self.config.train.reconstruction_weight * error
-        return loss, facts | {"loss": float(loss)}
+        return loss, facts | {"loss": float(loss.detach())}
 
     def _rate_factor(self) -> float:
         settings, step = self.config.train, self.position.step

@@ -133,7 +133,7 @@ class _Bar:
 
         self._owns_display = outer is None
         self._display: rich.progress.Progress = outer._display if outer is not None else Progress(
-            TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[line]}", markup=False),
+            TextColumn("{task.description}"), BarColumn(bar_width=16), TextColumn("{task.fields[line]}", markup=False),
             console=Console(stderr=True), redirect_stdout=sys.stdout.isatty(),
         )  # fmt: skip
         self._task = self._display.add_task(label, total=total, line="")

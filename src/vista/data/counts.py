@@ -48,9 +48,12 @@ class Shown:
         end_request = impressions.num_requests if end_request is None else end_request
         offsets = np.asarray(impressions.offsets[first_request : end_request + 1], np.int64)
         sizes = np.diff(offsets)
-        per_request = (impressions.user, impressions.num_known, impressions.timestamp_us)
-        repeated = (np.repeat(np.asarray(a[first_request:end_request], np.int64), sizes) for a in per_request)
-        return cls(*repeated, np.asarray(impressions.item[offsets[0] : offsets[-1]], np.int64))
+        user, num_known, timestamp_us = (
+            np.repeat(np.asarray(per_request[first_request:end_request], np.int64), sizes)
+            for per_request in (impressions.user, impressions.num_known, impressions.timestamp_us)
+        )
+        item = np.asarray(impressions.item[offsets[0] : offsets[-1]], np.int64)
+        return cls(user, num_known, timestamp_us, item)
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,7 @@ def build_model(config: ModelConfig, schema: ModelSchema, catalogue: Catalogue) 
         ItemTables.of(catalogue),
         num_actions=len(schema.actions),
         num_tasks=len(schema.tasks),
-        num_context=len(schema.context),
+        context=schema.context,
         num_counts=len(schema.count_features),
     )
 
@@ -112,7 +112,7 @@ class Run:
         return self.sequence_model.ranker
 
     def check_data(self, manifest: Manifest, catalogue: Catalogue, folder: Path) -> None:
-        """Refuse data whose item indices, actions or tasks mean something else than the model's. Raises CheckpointError."""
+        """Raise CheckpointError for data whose items, actions or tasks mean something else than the model's."""
         pairs = {
             "tasks": (self.schema.tasks, manifest.tasks),
             "actions": (self.schema.actions, manifest.actions),
@@ -121,8 +121,8 @@ class Run:
         for what, (ours, theirs) in pairs.items():
             if ours != theirs:
                 raise CheckpointError(
-                    f"{self.folder} was trained on other data than {folder}: its {what} is {ours!r}, the data's {theirs!r}; "
-                    "use the data it was trained on, or train again"
+                    f"{self.folder} was trained on other data than {folder}: its {what} is {ours!r}, "
+                    f"the data's {theirs!r}; use the data it was trained on, or train again"
                 )
 
 
@@ -154,7 +154,7 @@ def load_description(folder: Path) -> tuple[Config, ModelSchema, Catalogue]:
     for name in ("config.json", "schema.json", "catalogue.safetensors"):
         if not (folder / name).exists():
             raise CheckpointError(
-                f"{folder / name} is not there: {folder} is not a run folder; run: vista train DATA --out {folder}"
+                f"{folder / name} is not there: not a run folder; run: vista train DATA --out {folder}"
             )
     try:
         config = Config.from_json((folder / "config.json").read_text())
@@ -180,7 +180,7 @@ def model_version(folder: Path) -> str:
 
 
 def load_weights(model: torch.nn.Module, weights: dict[str, Tensor], path: Path) -> None:
-    """Put weights into a model; every name and shape must fit. Raises CheckpointError naming the first that does not."""
+    """Put weights into a model; all must fit. Raises CheckpointError naming the first that does not."""
     expected = model.state_dict()
     for name in sorted(expected.keys() | weights.keys()):
         ours, theirs = expected.get(name), weights.get(name)

@@ -36,6 +36,7 @@ class ModelConfig:
     expansion: int = 2  # hidden width of the gated units, in multiples of width
     head_width: int = 64  # hidden width of the task heads
     dropout: float = 0.0  # share of ranker activations dropped in training
+    count_last_events: int = 0  # model counts: count in the last so many events only; 0: in the whole history
     decoder_layers: int = 1  # blocks of the reconstruction decoder (training only)
 
 
@@ -176,5 +177,5 @@ def _check(config: Config) -> None:
 
 _MAY_BE_ZERO = {
     "seed", "time_budget_s", "max_stale_segments", "weight_decay", "warmup_steps",
-    "reconstruction_weight", "dropout", "num_seeds",
+    "reconstruction_weight", "dropout", "num_seeds", "count_last_events",
 }  # fmt: skip

@@ -16,12 +16,14 @@ from vista.data.histories import Histories, Impressions
 from vista.models.embeddings import ItemTables
 from vista.models.inputs import Events
 from vista.models.vista import SequenceModel
+from vista.schema import ContextColumn
 
+CONTEXT = (ContextColumn("price", "number", 0.2, 1.5), ContextColumn("page", "category"))
 LENGTHS = [70, 0, 5, 33, 8]
 
 
 def world(seed: int = 0) -> tuple[Histories, Impressions]:
-    """Histories of LENGTHS, and about one request per two events, 1 to 4 candidates each; the user without events has some too."""
+    """Histories of LENGTHS, and about one request per two events, 1 to 4 candidates each."""
     rng = np.random.default_rng(seed)
     offsets = np.concatenate([[0], np.cumsum(LENGTHS)])
     total = int(offsets[-1])
@@ -49,7 +51,7 @@ def world(seed: int = 0) -> tuple[Histories, Impressions]:
         rng.integers(5, 5 + NUM_ITEMS, num).astype(np.int32),
         rng.integers(0, 2, (num, 1)).astype(np.int8),
         np.zeros(num, np.int8),
-        rng.normal(size=(num, 2)).astype(np.float32),
+        np.stack([rng.normal(size=num), rng.integers(0, 1024, num)], 1).astype(np.float32),
     )
 
 
@@ -62,7 +64,7 @@ def make_feed(train: bool = False, seed: int = 0, **train_changes: object) -> Fe
 def make_model(feed: Feed, **changes: object) -> SequenceModel:
     torch.manual_seed(0)
     config = replace(feed.config.model, **changes)
-    return SequenceModel(config, ItemTables.of(catalogue()), NUM_ACTIONS, num_tasks=1, num_context=2).eval()
+    return SequenceModel(config, ItemTables.of(catalogue()), NUM_ACTIONS, num_tasks=1, context=CONTEXT).eval()
 
 
 def alone(model: SequenceModel, feed: Feed, request: int, stale_segments: int = 0) -> torch.Tensor:

@@ -33,7 +33,7 @@ def stream(model, events: Events, cuts: list[list[int]]) -> UserState:
 def cut_histories(draw):
     lengths = draw(st.lists(st.integers(0, 45), min_size=1, max_size=4))
     num_cuts = draw(st.integers(0, 6))
-    per_user = [sorted(draw(st.lists(st.integers(0, n), min_size=num_cuts, max_size=num_cuts))) + [n] for n in lengths]
+    per_user = [[*sorted(draw(st.lists(st.integers(0, n), min_size=num_cuts, max_size=num_cuts))), n] for n in lengths]
     return lengths, [list(step) for step in zip(*per_user, strict=True)], draw(st.integers(0, 1000))
 
 
@@ -121,7 +121,7 @@ def test_sum_seeds_read_events_and_themselves():
 
 @pytest.mark.parametrize("attention", ["qla", "softmax"])
 def test_scope_full_is_bidirectional_over_everything(attention):
-    """The paper's operator: an event changes what every earlier one becomes, so no state short of the history will do."""
+    """The paper's operator: an event changes what earlier ones become, so only the whole history will do as state."""
     model = summarizer(attention=attention, scope="full")
     events = histories([20])
     with torch.no_grad():

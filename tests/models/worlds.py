@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import torch
 
@@ -54,7 +56,7 @@ def histories(lengths: list[int], seed: int = 0) -> Events:
     gaps = rng.choice([0, 1_000_000, 60_000_000, DAY_US, 3650 * DAY_US], total, p=[0.2, 0.4, 0.2, 0.19, 0.01])
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     times = np.zeros(total, np.int64)
-    for a, b in zip(offsets, offsets[1:], strict=False):
+    for a, b in itertools.pairwise(offsets):
         times[a:b] = 10**15 + np.cumsum(gaps[a:b])
     return Events.from_log(
         torch.from_numpy(rng.integers(1, 5 + NUM_ITEMS, total)),

@@ -161,10 +161,8 @@ class TimelineWalk:
         known = self._known[lane.request : lane.end_request]
         within = int(np.searchsorted(known, reach * size))  # requests before the far border
         taken = min(within, max_requests)
-        if taken < within or taken == len(known):  # stops at a request: the border before it
-            last = int(known[taken - 1]) // size
-        else:
-            last = reach
+        stops_at_request = taken < within or taken == len(known)
+        last = int(known[taken - 1]) // size if stops_at_request else reach
         return Stretch(lane.user, lane.segment, last, lane.request, lane.request + taken)
 
 
@@ -361,9 +359,9 @@ class MemoryCarry:
 
     def gather(self, step: Step, initial: Memory) -> Memory:
         """The memory (B, ...) a step starts from; ``initial``: that of B lanes at the beginning of their histories."""
-        if not any(step.is_carried):
-            return initial
         fresh = flatten(initial)
+        if not fresh or not any(step.is_carried):
+            return initial
         rows = [
             self.by_user[user] if carried else [t[b] for t in fresh]
             for b, (user, carried) in enumerate(zip(step.users, step.is_carried, strict=True))

@@ -19,7 +19,7 @@ SCORING_SEGMENTS = 64  # segments of one stretch: no gradients, so longer than i
 
 @dataclass(frozen=True)
 class Scores:
-    """impression (N,) int64 rows of the split, ascending; probability (N, T) float64; request (N,) int64 rows of the split."""
+    """impression (N,) int64 rows of the split, ascending; probability (N, T) float64; request (N,) int64 rows."""
 
     impression: np.ndarray
     probability: np.ndarray
@@ -28,7 +28,7 @@ class Scores:
 
 @torch.no_grad()
 def score(model: SequenceModel | CountsModel, feed: Feed, label: str = "score", quiet: bool = False) -> Scores:
-    """Probabilities of every impression of ``feed`` (or of its users), each from the newest summary border before it."""
+    """Probabilities of every impression of ``feed``, each from the newest summary border before its request."""
     was_training = model.training
     model.eval()
     scoring: TrainConfig = replace(

@@ -14,16 +14,21 @@ from torch.nn.functional import silu
 
 from vista.config import ModelConfig
 from vista.models.batch import Memory, Output, Requests, TimelineBatch
+from vista.models.embeddings import ContextEncoder
+from vista.schema import ContextColumn
 
 
 class CountsModel(nn.Module):
     """Two hidden layers on standardised counts and context."""
 
-    def __init__(self, config: ModelConfig, num_tasks: int, num_context: int, num_counts: int) -> None:
+    def __init__(
+        self, config: ModelConfig, num_tasks: int, context: tuple[ContextColumn, ...], num_counts: int
+    ) -> None:
         super().__init__()
         self.config = config
         self.standardise = nn.BatchNorm1d(num_counts, affine=False)
-        self.first = nn.Linear(num_counts + num_context, config.head_width)
+        self.context = ContextEncoder(context)
+        self.first = nn.Linear(num_counts + self.context.width, config.head_width)
         self.second = nn.Linear(config.head_width, config.head_width)
         self.head = nn.Linear(config.head_width, num_tasks)
 
@@ -41,5 +46,5 @@ class CountsModel(nn.Module):
         is_valid = requests.candidate > 0  # padding must not enter the running statistics
         x = torch.zeros_like(counts)
         x[is_valid] = self.standardise(counts[is_valid])
-        x = silu(self.first(torch.cat([x, requests.context], -1)))
+        x = silu(self.first(torch.cat([x, self.context(requests.context)], -1)))
         return self.head(silu(self.second(x)))

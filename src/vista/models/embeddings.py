@@ -16,10 +16,12 @@ from torch import Tensor, nn
 
 from vista.catalogue import Catalogue
 from vista.models.inputs import NO_GAP_US, US_PER_S
+from vista.schema import NUM_CONTEXT_BUCKETS, ContextColumn
 
 HOUR_US = 3600 * US_PER_S
 GAP_BUCKETS = 34  # 0: no event before; 1 + floor(log2(1 + seconds)), the last for 2^32 s (136 years) and more
 ITEM_SCALE = 1.0  # standard deviation of a fresh item vector's entries
+CONTEXT_CATEGORY_WIDTH = 8  # of the vector of a categorical context value
 SIDE_SCALE = 0.1  # of everything added to it: small, so that at first equal items look equal
 
 
@@ -107,3 +109,33 @@ def gap_bucket(gap_us: Tensor) -> Tensor:
     seconds = gap_us.clamp(min=0).to(torch.float64) / US_PER_S
     bucket = 1 + torch.floor(torch.log2(1 + seconds)).to(torch.int64)
     return torch.where(gap_us == NO_GAP_US, 0, bucket.clamp(max=GAP_BUCKETS - 1))
+
+
+class ContextEncoder(nn.Module):
+    """Context columns (..., X) as prepared data holds them to (..., width): numbers standardised, categories embedded.
+
+    NaN stands for not given: the mean of a number, a vector of its own for a category.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, columns: tuple[ContextColumn, ...]) -> None:
+        super().__init__()
+        self.numbers = [i for i, column in enumerate(columns) if column.kind == "number"]
+        self.categories = [i for i, column in enumerate(columns) if column.kind == "category"]
+        self.register_buffer("mean", torch.tensor([columns[i].mean for i in self.numbers]), persistent=False)
+        self.register_buffer("std", torch.tensor([max(columns[i].std, 1e-6) for i in self.numbers]), persistent=False)
+        not_given = 1
+        self.tables = nn.ModuleList(
+            nn.Embedding(NUM_CONTEXT_BUCKETS + not_given, CONTEXT_CATEGORY_WIDTH) for _ in self.categories
+        )
+        for table in self.tables:
+            nn.init.normal_(table.weight, std=SIDE_SCALE)
+        self.width = len(self.numbers) + CONTEXT_CATEGORY_WIDTH * len(self.categories)
+
+    def forward(self, context: Tensor) -> Tensor:
+        numbers = ((context[..., self.numbers] - self.mean) / self.std).nan_to_num(0.0)
+        buckets = context[..., self.categories].nan_to_num(NUM_CONTEXT_BUCKETS).long()
+        vectors = [table(bucket) for table, bucket in zip(self.tables, buckets.unbind(-1), strict=True)]
+        return torch.cat([numbers, *vectors], -1)

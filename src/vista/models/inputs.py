@@ -79,7 +79,7 @@ def newest_index(ends: Tensor, lengths: Tensor, width: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Recent(TensorGroup):
-    """Each user's newest raw events, newest last: item, action, timestamp_us, gap_us, each (B, R) int64; item 0 pads."""
+    """Each user's newest raw events, newest last: item, action, timestamp_us, gap_us, (B, R) int64 each; 0 pads."""
 
     item: Tensor
     action: Tensor

@@ -47,7 +47,7 @@ class Memory(Protocol):
     def read(
         self, running: Running, q: Tensor, k: Tensor, v: Tensor, num_events: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """What seeds read: their q, k, v (B, H, K, E), num_events (B,), to (B, H, K, E) and the mass (B, K, H) or None."""
+        """What seeds read: their q, k, v (B, H, K, E), num_events (B,), to (B, H, K, E) and the mass (B, K, H)."""
 
 
 class SumMemory(nn.Module):

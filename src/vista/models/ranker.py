@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from vista.config import ModelConfig
 from vista.models.batch import Requests
-from vista.models.embeddings import GAP_BUCKETS, gap_bucket
+from vista.models.embeddings import GAP_BUCKETS, ContextEncoder, gap_bucket
 from vista.models.inputs import US_PER_S
 from vista.models.layers import GatedUnit, aligned, norm, split_heads
+from vista.schema import ContextColumn
 
 POSITION_BUCKETS = 24  # floor(log2(1 + place from the newest)): enough for R of 16 million
 LOGIT_SCALE = 2.0  # of a fresh attention head: an equal item stands out of some hundred others
@@ -83,13 +84,14 @@ class UserCache:
 class Ranker(nn.Module):
     """Candidates x (summary tokens, recent events) to one logit per task."""
 
-    def __init__(self, config: ModelConfig, num_tasks: int, num_context: int) -> None:
+    def __init__(self, config: ModelConfig, num_tasks: int, context: tuple[ContextColumn, ...]) -> None:
         super().__init__()
         self.config = config
         self.blocks = nn.ModuleList(TargetAttention(config) for _ in range(config.ranker_layers))
+        self.context = ContextEncoder(context)
         self.target = nn.Parameter(0.1 * torch.randn(config.width))
         self.head = nn.Sequential(
-            nn.Linear(2 * config.width + num_context + 2, config.head_width),
+            nn.Linear(2 * config.width + self.context.width + 2, config.head_width),
             nn.SiLU(),
             nn.Linear(config.head_width, num_tasks),
         )
@@ -112,7 +114,8 @@ class Ranker(nn.Module):
             bias = self._bias(block, age, is_absent)
             k, v = (_gather(rows, index) for rows in recent)
             x = block(x, tuple(t[requests.summary] for t in tokens), (k, v), bias)
-        h = torch.cat([norm(x), norm(candidate_x), requests.context, self._user_features(requests, age_us)], -1)
+        context = self.context(requests.context)
+        h = torch.cat([norm(x), norm(candidate_x), context, self._user_features(requests, age_us)], -1)
         return self.head(h.to(x.dtype)).float()
 
     @property

@@ -21,13 +21,19 @@ from vista.models.losses import ReconstructionDecoder
 from vista.models.ranker import Ranker
 from vista.models.summarizer import Summarizer, UserState
 from vista.ops.qla import SegmentOrder
+from vista.schema import ContextColumn
 
 
 class SequenceModel(nn.Module):
     """Summarizer (unless ``num_seeds`` is 0) and Ranker on one event embedding."""
 
     def __init__(
-        self, config: ModelConfig, tables: ItemTables, num_actions: int, num_tasks: int, num_context: int
+        self,
+        config: ModelConfig,
+        tables: ItemTables,
+        num_actions: int,
+        num_tasks: int,
+        context: tuple[ContextColumn, ...],
     ) -> None:
         super().__init__()
         self.config = config
@@ -36,7 +42,7 @@ class SequenceModel(nn.Module):
         self.summarizer = Summarizer(config, embedding) if has_summary else None
         # One owner, or every shared weight would stand twice in a checkpoint.
         self.own_embedding = None if has_summary else embedding
-        self.ranker = Ranker(config, num_tasks, num_context)
+        self.ranker = Ranker(config, num_tasks, context)
         self.decoder = ReconstructionDecoder(config) if has_summary else None
 
     @property
@@ -110,11 +116,12 @@ class SequenceModel(nn.Module):
         """Logits (B, C, T) of B users' candidates, as online ranking computes them.
 
         tokens (B, K, D), recent (B, R), num_known (B,) events known, timestamp_us (B,) of the request, candidate (B,
-        C) item index, context (B, C, X) or None for none. """  # fmt: skip
+        C) item index, context (B, C, X) as prepared data has it, NaN where not given, or None. """  # fmt: skip
         num_users, size = recent.item.shape
         rows = torch.arange(num_users * size, device=recent.item.device).view(num_users, size)
         if context is None:
-            context = tokens.new_zeros(*candidate.shape, 0)
+            num_columns = len(self.ranker.context.numbers) + len(self.ranker.context.categories)
+            context = tokens.new_full((*candidate.shape, num_columns), torch.nan)
         requests = Requests(
             summary=torch.arange(num_users, device=candidate.device),
             recent=torch.where(recent.item > 0, rows, -1),
@@ -136,7 +143,7 @@ class SequenceModel(nn.Module):
         return self.summarizer.read(self.summarizer.init_state(num_users))
 
     def state_tokens(self, state: UserState) -> Tensor:
-        """The tokens that training, bulk and online use: as of the newest closed border; recent events have the rest."""
+        """The tokens training, bulk and online use: as of the newest closed border; recent events add the rest."""
         if self.summarizer is None:
             return torch.zeros(state.num_users, 0, self.config.width)
         return self.summarizer.read(state, include_open=False)
@@ -157,13 +164,18 @@ def _map(function, *memories: Memory) -> Memory:  # type: ignore[no-untyped-def]
 
 
 def make_model(
-    config: ModelConfig, tables: ItemTables, num_actions: int, num_tasks: int, num_context: int, num_counts: int
+    config: ModelConfig,
+    tables: ItemTables,
+    num_actions: int,
+    num_tasks: int,
+    context: tuple[ContextColumn, ...],
+    num_counts: int,
 ) -> SequenceModel | CountsModel:
     """The model a config names."""
     match config.model:
         case "vista" | "recent":
-            return SequenceModel(config, tables, num_actions, num_tasks, num_context)
+            return SequenceModel(config, tables, num_actions, num_tasks, context)
         case "counts":
-            return CountsModel(config, num_tasks, num_context, num_counts)
+            return CountsModel(config, num_tasks, context, num_counts)
         case _:
             raise AssertionError(config.model)

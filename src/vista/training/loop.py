@@ -1,7 +1,8 @@
 """The training loop: one readable pass, resumable to the bit.
 
-Two optimizers: AdamW for dense weights, a sparse Adam for the item rows (only the rows a step touched move). The learning
-rates warm up linearly and fall as a cosine to the last step, or to the end of the time budget if that comes first.
+Two optimizers: AdamW for dense weights, a sparse Adam for the item rows (only the rows a step touched move). The
+learning rates warm up linearly and fall as a cosine to the last step, or to the end of the time budget if that comes
+first.
 """
 
 from __future__ import annotations
@@ -66,9 +67,10 @@ class Feeds:
 def train(data: PreparedData, out: Path, config: Config, resume: bool = False, quiet: bool = False) -> Path:
     """Train a model on prepared data into the run folder ``out``; returns it.
 
-    Ctrl-C ends after the step under way, with a checkpoint; ``resume`` goes on from the last one and gives the weights an
-    uninterrupted run would have given (but for a time budget, which counts seconds). Raises StaleOutput when ``out`` holds a run and
-    ``resume`` is not set, TrainingError for labels that never vary and for a loss that is not finite.
+    Ctrl-C ends after the step under way, with a checkpoint; ``resume`` goes on from the last one and gives the
+    weights an uninterrupted run would have given (but for a time budget, which counts seconds). Raises StaleOutput
+    when ``out`` holds a run and ``resume`` is not set, TrainingError for labels that never vary and for a loss that
+    is not finite.
     """
     check_labels(data)
     torch.manual_seed(config.train.seed)
@@ -79,9 +81,7 @@ def train(data: PreparedData, out: Path, config: Config, resume: bool = False, q
         if saved.model != config.model:
             raise CheckpointError(f"{out}: was started with another model config; resume with the same settings")
         if saved_schema != schema:
-            raise CheckpointError(
-                f"{out}: was started on other data (or another preparation of it); resume with the same"
-            )
+            raise CheckpointError(f"{out}: was started on other data, or another preparation of it; resume with that")
     elif (out / "config.json").exists():
         raise StaleOutput(f"{out} already holds a run; add --resume to go on with it, or choose another --out")
     else:
@@ -122,7 +122,7 @@ def make_feed(data: PreparedData, config: Config, split: str) -> tuple[Feed, tup
         return Feed(data.histories, impressions, config), ()
     from vista.data.counts import CountFeatures
 
-    counts = CountFeatures.of(data, impressions)
+    counts = CountFeatures.of(data, impressions, config.model.count_last_events or None)
     return Feed(data.histories, impressions, config, count_features=counts), counts.feature_names
 
 
@@ -156,9 +156,9 @@ class Trainer:
     def run(self, quiet: bool = False) -> None:
         """Train to the end: last step or epoch, time budget, or no better validation for long enough."""
         settings, checkpoint_s = self.config.train, time.monotonic()
-        progress = Progress("train", total=self.total_steps, unit="steps", quiet=quiet)
+        done = self.position.step
+        progress = Progress("train", total=self.total_steps, unit="steps", quiet=quiet, done=done)
         with progress, stop_on_interrupt() as interrupted:
-            progress.advance(self.position.step)
             started, before = time.monotonic(), self.position.elapsed_s
             for step in self._steps():
                 self._train_step(step)
@@ -323,7 +323,7 @@ def _as_saved(optimizer: torch.optim.Optimizer, key: str, value: Tensor) -> Any:
 
 @contextmanager
 def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
-    """Within it, the first Ctrl-C only sets a flag, so that a step is never cut in two; the second one interrupts at once."""
+    """Within it, the first Ctrl-C only sets a flag, so that no step is cut in two; the second interrupts at once."""
     asked = [False]
 
     def handle(signum: int, frame: FrameType | None) -> None:

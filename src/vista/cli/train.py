@@ -1,0 +1,55 @@
+"""``vista train``: prepared data to a run folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def train(
+    data: Annotated[Path, typer.Argument(help="Prepared data folder (vista prepare).")],
+    out: Annotated[Path, typer.Option(help="Run folder to write.")],
+    model: Annotated[str, typer.Option(help="vista, recent (no summary) or counts (no sequence model).")] = "vista",
+    size: Annotated[str, typer.Option(help="tiny, small or base: one dial for all widths.")] = "small",
+    config: Annotated[Path | None, typer.Option(help="TOML file with tables [model] and [train].")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of weights and of the order of users.")] = None,
+    max_steps: Annotated[int | None, typer.Option(help="Optimizer steps at most.")] = None,
+    max_epochs: Annotated[int | None, typer.Option(help="Passes over the training requests at most.")] = None,
+    time_budget_s: Annotated[float | None, typer.Option(help="Stop after this many seconds.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="Any other setting, as in --set model.memory=sum; repeatable.")
+    ] = None,
+    resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint of the run folder.")] = False,
+) -> None:
+    """Train a model on prepared data. Ctrl-C keeps a checkpoint; --resume goes on from it."""
+    from vista.checkpoint import load_description, load_run
+    from vista.config import resolve
+    from vista.data.histories import PreparedData
+    from vista.training.loop import train as run_training
+
+    if resume:
+        resolved = load_description(out)[0]
+    else:
+        given = {"model.model": model, "train.seed": seed, "train.max_steps": max_steps,
+                 "train.max_epochs": max_epochs, "train.time_budget_s": time_budget_s}  # fmt: skip
+        chosen = {key: value for key, value in given.items() if value is not None}
+        resolved = resolve(size, config, chosen | parse_overrides(overrides or []))
+    run_training(PreparedData.open(data), out, resolved, resume)
+    run = load_run(out)
+    typer.echo(f"trained {out}: model {resolved.model.model}, version {run.version}")
+    typer.echo(f"next: vista evaluate {out} --data {data}")
+
+
+def parse_overrides(pairs: list[str]) -> dict[str, Any]:
+    """``model.width=32`` to {"model.width": "32"}. Raises ConfigError where there is no ``=``."""
+    from vista.errors import ConfigError
+
+    parsed = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {pair!r}: write it as --set model.width=32")
+        parsed[key.strip()] = value.strip()
+    return parsed

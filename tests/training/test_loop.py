@@ -1,0 +1,201 @@
+"""Training learns, resumes to the bit, survives Ctrl-C and kill -9, and refuses what it cannot learn from."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.training.worlds import SMALL, write_world
+from vista.checkpoint import load_run, read_tensors, write_tensors
+from vista.config import Config, resolve
+from vista.data.histories import PreparedData
+from vista.errors import CheckpointError, StaleOutput, TrainingError
+from vista.training import loop
+from vista.training.loop import train
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> PreparedData:
+    return write_world(tmp_path_factory.mktemp("world") / "data")
+
+
+def config(**changes: object) -> Config:
+    return resolve(
+        "tiny", overrides=SMALL | {"train.max_steps": 20} | {k.replace("__", "."): v for k, v in changes.items()}
+    )
+
+
+def tensors(run: Path, name: str = "training.safetensors") -> dict[str, torch.Tensor]:
+    return read_tensors(run / name)[0]
+
+
+def assert_same(a: Path, b: Path) -> None:
+    for name in ("training.safetensors", "model.safetensors"):
+        first, second = tensors(a, name), tensors(b, name)
+        assert first.keys() == second.keys()
+        differing = [key for key in first if not torch.equal(first[key], second[key])]
+        assert differing == []
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
+    """Send Ctrl-C when the trainer has made so many steps."""
+    step_by_step = loop.Trainer._train_step
+
+    def interrupt(self, step):
+        step_by_step(self, step)
+        if self.position.step == steps:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(loop.Trainer, "_train_step", interrupt)
+
+
+@pytest.mark.parametrize("model", ["vista", "recent", "counts"])
+def test_every_model_learns(data, tmp_path, model):
+    settings = {
+        "train__max_steps": 150,
+        "model__model": model,
+        "train__validate_every_steps": 50,
+        "train__max_epochs": 99,
+    }
+    train(data, tmp_path / "run", config(**settings), quiet=True)
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log] == [50, 100, 150]
+    assert log[-1]["log_loss"] < log[0]["log_loss"]
+    assert load_run(tmp_path / "run").version
+
+
+@pytest.mark.parametrize("model", ["vista", "recent"])
+@pytest.mark.parametrize("stop", [1, 7, 15])
+def test_an_interrupted_run_resumes_to_the_same_weights(data, tmp_path, monkeypatch, model, stop):
+    """Stops fall before and after validations and inside epochs with lanes under way."""
+    settings = config(model__model=model, model__dropout=0.1)
+    train(data, tmp_path / "whole", settings, quiet=True)
+    with monkeypatch.context() as patch:
+        stop_after(patch, stop)
+        with pytest.raises(KeyboardInterrupt, match=f"checkpoint of step {stop} kept"):
+            train(data, tmp_path / "cut", settings, quiet=True)
+    train(data, tmp_path / "cut", settings, resume=True, quiet=True)
+    assert_same(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_a_run_killed_at_any_moment_resumes_to_the_same_weights(data, tmp_path):
+    """kill -9 right after a checkpoint was begun, again and again: at most the steps since the last one are lost."""
+    settings = config(train__max_steps=30, train__checkpoint_every_s=0.001)
+    train(data, tmp_path / "whole", settings, quiet=True)
+    (tmp_path / "config.json").write_text(settings.to_json())
+    run, kills = tmp_path / "killed", 0
+    code = (
+        "import sys; from pathlib import Path; from vista.config import Config; from vista.training.loop import train;"
+        "from vista.data.histories import PreparedData;"
+        f"config = Config.from_json(Path({str(tmp_path / 'config.json')!r}).read_text());"
+    budget = config(train__max_steps=100_000, train__max_epochs=10_000, train__time_budget_s=2)
+    train(data, tmp_path / "run", budget, quiet=True)
+    )
+    saved = run / "training.safetensors"
+    for delay_s in (0.0, 0.03, 0.3, None):
+        before = saved.stat().st_mtime_ns if saved.exists() else 0
+        process = subprocess.Popen([sys.executable, "-c", code, "1" if saved.exists() else "0"], cwd=REPOSITORY)
+        if delay_s is None:
+            assert process.wait(120) == 0
+            break
+        while process.poll() is None and not (saved.exists() and saved.stat().st_mtime_ns > before):
+            time.sleep(0.005)
+        time.sleep(delay_s)
+        kills += process.poll() is None
+        process.kill()
+        process.wait()
+    assert kills >= 1, "no kill hit a running process"
+    assert_same(tmp_path / "whole", run)
+
+
+def test_a_time_budget_ends_training(data, tmp_path):
+    started = time.monotonic()
+    train(
+        data,
+        tmp_path / "run",
+        config(train__max_steps=100_000, train__max_epochs=10_000, train__time_budget_s=2),
+        quiet=True,
+    )
+    assert time.monotonic() - started < 20
+    assert (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_early_stopping(data, tmp_path):
+    settings = config(train__max_steps=4000, train__max_epochs=1000, train__patience=2, train__dense_lr=0.05)
+    train(data, tmp_path / "run", settings, quiet=True)
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    best = min(range(len(log)), key=lambda i: log[i]["validation_ne"])
+    assert len(log) == best + 1 + 2
+    assert read_tensors(tmp_path / "run" / "model.safetensors")[1]["step"] == log[best]["step"]
+
+
+@pytest.mark.parametrize("label", [0, 1])
+def test_labels_that_never_vary_are_refused(tmp_path, label):
+    constant = write_world(tmp_path / "data", label=label)
+    with pytest.raises(TrainingError, match=f"task 'click' is {label} in all"):
+        train(constant, tmp_path / "run", config(), quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_loss_that_is_not_finite_is_named(data, tmp_path):
+    with pytest.raises(TrainingError, match=r"the loss is .* at step \d+ .*lower dense_lr"):
+        train(
+            data,
+            tmp_path / "run",
+            config(train__dense_lr=1e30, train__clip_norm=1e30, train__warmup_steps=1),
+            quiet=True,
+        )
+
+
+def test_a_run_folder_is_not_overwritten(data, tmp_path):
+    train(data, tmp_path / "run", config(train__max_steps=2), quiet=True)
+    with pytest.raises(StaleOutput, match="--resume"):
+        train(data, tmp_path / "run", config(train__max_steps=2), quiet=True)
+
+
+def test_resuming_on_other_data_is_refused(data, tmp_path):
+    train(data, tmp_path / "run", config(train__max_steps=2), quiet=True)
+    other = write_world(tmp_path / "other")
+    (tmp_path / "other" / "manifest.json").write_text(
+        (tmp_path / "other" / "manifest.json").read_text().replace("share", "buy")
+    )
+    with pytest.raises(CheckpointError, match="other data"):
+        train(PreparedData.open(other.folder), tmp_path / "run", config(train__max_steps=2), resume=True, quiet=True)
+
+
+def test_a_damaged_or_misfit_checkpoint_is_named(data, tmp_path):
+    run = train(data, tmp_path / "run", config(train__max_steps=2), quiet=True)
+    weights, facts = read_tensors(run / "model.safetensors")
+    name = "summarizer.seeds"
+    write_tensors(run / "model.safetensors", weights | {name: weights[name][1:].clone()}, facts)
+    with pytest.raises(CheckpointError, match=r"'summarizer.seeds' is \(3, 16\) in the file, \(4, 16\) in the model"):
+        load_run(run)
+    (run / "model.safetensors").write_bytes(b"nonsense")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        load_run(run)
+    (run / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="not reached its first validation"):
+        load_run(run)
+
+
+def test_the_version_depends_on_content_alone(data, tmp_path):
+    one = train(data, tmp_path / "one", config(train__max_steps=2), quiet=True)
+    same = train(data, tmp_path / "same", config(train__max_steps=2), quiet=True)
+    other = train(data, tmp_path / "other", config(train__max_steps=2, train__seed=1), quiet=True)
+    assert load_run(one).version == load_run(same).version
+    assert load_run(one).version != load_run(other).version
+
+
+def test_bfloat16_trains(data, tmp_path):
+    run = train(data, tmp_path / "run", config(train__precision="bfloat16"), quiet=True)
+    assert all(t.isfinite().all() for t in tensors(run, "model.safetensors").values())

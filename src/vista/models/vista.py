@@ -56,13 +56,13 @@ class SequenceModel(nn.Module):
 
     def forward(self, batch: TimelineBatch, memory: Memory) -> Output:
         """Score a batch on top of the memory (B, ...) its lanes carry."""
-        event_x = self._embed(batch.events)
+        event_x = self.embed(batch.events)
         tokens, last = self.summaries(batch, event_x, memory)
         logits = self.rank(tokens, event_x, batch.requests)
         error = None
         if batch.windows is not None and self.decoder is not None:
             rows = batch.windows.index.clamp(min=0)
-            window_x = self._embed(batch.windows.events)[rows]
+            window_x = self.embed(batch.windows.events)[rows]
             error = self.decoder(tokens[batch.windows.summary], window_x, batch.windows.index >= 0)
         return Output(logits, last, error)
 
@@ -99,7 +99,8 @@ class SequenceModel(nn.Module):
         cache = self.ranker.prepare(tokens, event_x)
         return self.ranker(cache, requests, self.embedding.items(requests.candidate))
 
-    def _embed(self, events: Events) -> Tensor:
+    def embed(self, events: Events) -> Tensor:
+        """Event vectors (N, D)."""
         return self.embedding(events.item, events.action, events.timestamp_us, events.gap_us)
 
     # -- serving: from stored tokens and recent events

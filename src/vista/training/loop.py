@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
+from vista.batches.feeds import make_feed, users_up_to
 from vista.batches.timelines import Feed, MemoryCarry, Step, TimelineWalk
 from vista.checkpoint import (
     ModelSchema,
@@ -113,25 +114,6 @@ def make_feeds(data: PreparedData, config: Config) -> tuple[Feeds, tuple[str, ..
     validation, _ = make_feed(data, config, "validation")
     users = users_up_to(validation, config.train.validation_requests, config.train.seed)
     return Feeds(replace(train, train=True), replace(validation, users=users)), names
-
-
-def make_feed(data: PreparedData, config: Config, split: str) -> tuple[Feed, tuple[str, ...]]:
-    """The feed of one split, with count features where the model reads them."""
-    impressions = data.impressions(split)
-    if config.model.model != "counts":
-        return Feed(data.histories, impressions, config), ()
-    from vista.data.counts import CountFeatures
-
-    counts = CountFeatures.of(data, impressions, config.model.count_last_events or None)
-    return Feed(data.histories, impressions, config, count_features=counts), counts.feature_names
-
-
-def users_up_to(feed: Feed, max_requests: int, seed: int) -> np.ndarray:
-    """Users drawn at random until they have ``max_requests`` requests together."""
-    users, counts = np.unique(feed.impressions.user, return_counts=True)
-    order = np.random.default_rng([seed, 1]).permutation(len(users))
-    enough = int(np.searchsorted(np.cumsum(counts[order]), max_requests)) + 1
-    return np.sort(users[order[:enough]])
 
 
 class Trainer:

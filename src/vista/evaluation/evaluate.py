@@ -1,0 +1,141 @@
+"""Evaluate a run on a split of prepared data: every impression scored from what was known then, and measured."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from vista.batches.feeds import make_feed
+from vista.batches.timelines import Feed, MemoryCarry, TimelineWalk
+from vista.checkpoint import Run
+from vista.data.counts import last_met
+from vista.data.histories import Impressions, PreparedData
+from vista.errors import ConfigError
+from vista.evaluation.metrics import Metrics, positive_rank, ranking_metrics
+from vista.evaluation.results import Evaluation
+from vista.evaluation.scoring import score
+from vista.evaluation.slices import ScoredImpressions
+from vista.models.batch import Requests
+from vista.models.vista import SequenceModel
+from vista.progress import Progress
+
+RANKED_AT_ONCE = 65_536  # candidates x requests scored together in full ranking: some hundred megabytes
+BEST_POSSIBLE = "best possible"
+
+
+def evaluate(
+    run: Run, data: PreparedData, split: str = "test", full_ranking: bool = False, quiet: bool = False
+) -> Evaluation:
+    """All metrics and slices of a run on one split.
+
+    full_ranking: also HR@K and NDCG@K of each request's positive among the whole catalogue, for the first task. Raises
+    CheckpointError for data the run was not trained on, ConfigError for full ranking of a model that cannot.
+    """
+    run.check_data(data.manifest, data.catalogue, data.folder)
+    impressions = data.impressions(split)
+    feed, _ = make_feed(data, run.config, split)
+    scores = score(run.model, feed, f"score {split}", quiet)
+    scored = ScoredImpressions.of(
+        impressions, data.manifest.tasks, scores.impression, scores.probability, last_met(data.histories, impressions)
+    )
+    protocol = describe(data, split, impressions) | {
+        "run": str(run.folder),
+        "version": run.version,
+        "seed": run.config.train.seed,
+    }
+    result = Evaluation.of(model_name(run), scored, protocol, learning_curve(run))
+    if full_ranking:
+        task = data.manifest.tasks[0]
+        metrics = result.metrics[task] | rank_catalogue(run, feed, quiet)
+        result = replace(result, metrics=result.metrics | {task: metrics})
+    return result
+
+
+def best_possible(data: PreparedData, split: str = "test") -> Evaluation | None:
+    """The evaluation of the true probabilities, where the data is a synthetic world that knows them; else None."""
+    impressions = data.impressions(split)
+    if impressions.best_score is None:
+        return None
+    every = np.arange(impressions.num_impressions)
+    best = np.asarray(impressions.best_score, np.float64)
+    distance = last_met(data.histories, impressions)
+    scored = ScoredImpressions.of(impressions, data.manifest.tasks, every, best, distance)
+    return Evaluation.of(BEST_POSSIBLE, scored, describe(data, split, impressions))
+
+
+def model_name(run: Run) -> str:
+    """How tables call the model: its kind, and what it has of its own."""
+    model = run.config.model
+    if model.model == "counts":
+        return f"counts of the last {model.count_last_events:,}" if model.count_last_events else "counts"
+    if model.model == "recent":
+        return f"recent {model.recent_events}"
+    scope = "full" if model.scope == "full" else model.memory
+    return f"vista {model.attention} {scope}"
+
+
+def describe(data: PreparedData, split: str, impressions: Impressions) -> dict[str, Any]:
+    """What was measured on."""
+    return {
+        "data": str(data.folder),
+        "split": split,
+        "requests": impressions.num_requests,
+        "impressions": impressions.num_impressions,
+    }
+
+
+def learning_curve(run: Run) -> tuple[dict[str, float], ...]:
+    """The validations of a run's training, from its log."""
+    path = run.folder / "log.jsonl"
+    return tuple(json.loads(line) for line in path.read_text().splitlines()) if path.exists() else ()
+
+
+@torch.no_grad()
+def rank_catalogue(run: Run, feed: Feed, quiet: bool = False) -> Metrics:
+    """HR@K and NDCG@K of the positive of each request that has exactly one, among all items of the catalogue (task 1).
+
+    Ties count against the positive. Context columns, which an item that was not shown does not have, are left out.
+    """
+    model = run.model
+    if not isinstance(model, SequenceModel):
+        raise ConfigError(
+            f"{run.folder}: full ranking needs a score of every item for every request; a model of kind "
+            f"{run.config.model.model!r} reads counts made for the shown ones alone; leave out --full-ranking"
+        )
+    items = torch.arange(run.catalogue.first_item, run.catalogue.num_indices)
+    walk, carry, ranks = TimelineWalk(feed), MemoryCarry(), []
+    with Progress("rank all items", total=walk.num_requests, unit="requests", quiet=quiet) as progress:
+        for step in walk:
+            batch = step.batch
+            event_x = model.embed(batch.events)
+            tokens, memory = model.summaries(batch, event_x, carry.gather(step, model.init_memory(len(step.users))))
+            carry.keep(step, memory)
+            is_positive = (batch.label[..., 0] > 0) & batch.is_valid
+            chosen = (is_positive.sum(1) == 1).nonzero().squeeze(1)
+            positive = batch.requests.candidate.gather(1, is_positive.long().argmax(1, keepdim=True)).squeeze(1)
+            for rows in chosen.split(max(1, RANKED_AT_ONCE // len(items))):
+                logits = model.rank(tokens, event_x, with_candidates(batch.requests, rows, items))[..., 0].double()
+                column = (positive[rows] - run.catalogue.first_item)[:, None]
+                of_positive = logits.gather(1, column).squeeze(1)
+                others = logits.scatter(1, column, -torch.inf)
+                ranks.append(positive_rank(of_positive.numpy(), others.numpy()))
+            progress.advance(len(batch.requests.summary))
+    return ranking_metrics(np.concatenate([np.zeros(0, np.int64), *ranks]))
+
+
+def with_candidates(requests: Requests, rows: torch.Tensor, items: torch.Tensor) -> Requests:
+    """Some requests, each with all ``items`` (n,) as candidates."""
+    num_context = requests.context.shape[-1]
+    return Requests(
+        summary=requests.summary[rows],
+        recent=requests.recent[rows],
+        recent_us=requests.recent_us[rows],
+        timestamp_us=requests.timestamp_us[rows],
+        num_known=requests.num_known[rows],
+        candidate=items.expand(len(rows), -1),
+        context=torch.full((len(rows), len(items), num_context), torch.nan),
+    )

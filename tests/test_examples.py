@@ -1,0 +1,25 @@
+"""Every script of examples/ runs as it is, in an empty folder, and prints something."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = sorted((ROOT / "examples").glob("*.py"))
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_example_runs(script: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-W", "error::DeprecationWarning:__main__", str(script)]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout, f"{script.name} prints nothing: what should the reader see?"
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_example_begins_with_what_it_shows(script: Path) -> None:
+    assert script.read_text().startswith('"""')

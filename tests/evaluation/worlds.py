@@ -25,8 +25,8 @@ def scored_world(noise: float, seed: int = 0, num_requests: int = 400, size: int
         1 / (1 + np.exp(-logits)),
         np.repeat(user, size),
         np.repeat(np.arange(num_requests), size),
-        np.repeat((10 ** truth.uniform(0, 5, num_requests)).astype(np.int64), size),
-        np.where(truth.random(n) < 0.3, -1, (10 ** truth.uniform(0, 4.5, n)).astype(np.int64)),
+        np.repeat((10 ** truth.uniform(0, 5.5, num_requests)).astype(np.int64), size),
+        np.where(truth.random(n) < 0.3, -1, (10 ** truth.uniform(0, 5, n)).astype(np.int64)),
         np.where(click, 1, truth.integers(2, 5, n)).astype(np.int8),
     )
 

@@ -135,10 +135,11 @@ def _parts(scored: ScoredImpressions, task: int) -> Iterator[tuple[str, str, np.
     length, distance = HISTORY_LENGTH.index(scored.num_known), DISTANCE.index(scored.distance)
     for bucket, name in enumerate(HISTORY_LENGTH.names):
         yield "history length", name, np.flatnonzero(length == bucket)
-    for bucket, name in enumerate(DISTANCE.names):
+    near_to_far = [*list(enumerate(DISTANCE.names))[1:], (0, DISTANCE.first_name)]  # never is farther than any distance
+    for bucket, name in near_to_far:
         yield "distance", name, np.flatnonzero(distance == bucket)
     lane = np.unique(scored.request, return_inverse=True)[1]
-    for bucket, name in enumerate(DISTANCE.names):
+    for bucket, name in near_to_far:
         is_found = is_positive & (distance == bucket)
         has_found = np.bincount(lane[is_found], minlength=int(lane.max(initial=-1)) + 1) > 0
         yield "positive distance", name, np.flatnonzero(is_found | (has_found[lane] & ~is_positive))

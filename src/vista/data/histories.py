@@ -115,7 +115,7 @@ class PreparedData:
         names = ("user", "timestamp_us", "num_known", "offsets", "item", "label", "source", "context")
         best = folder / "best_score.npy"
         return Impressions(
-            *(self._map(folder / f"{name}.npy") for name in names),
+            **{name: self._map(folder / f"{name}.npy") for name in names},
             best_score=self._map(best) if best.exists() else None,
         )
 

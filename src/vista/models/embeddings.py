@@ -70,8 +70,8 @@ class ItemEmbedding(nn.Module):
         has_vectors = tables.vectors.shape[1] > 0
         self.from_vectors = nn.Linear(tables.vectors.shape[1], width, bias=False) if has_vectors else None
         nn.init.normal_(self.rows.weight, std=ITEM_SCALE)
-        for table in self.by_feature:
-            nn.init.normal_(table.weight, std=ITEM_SCALE)
+        for weight in self.by_feature.parameters():
+            nn.init.normal_(weight, std=ITEM_SCALE)
 
     def forward(self, item: Tensor) -> Tensor:
         x = self.rows(self.embedding_row[item])
@@ -130,8 +130,8 @@ class ContextEncoder(nn.Module):
         self.tables = nn.ModuleList(
             nn.Embedding(NUM_CONTEXT_BUCKETS + not_given, CONTEXT_CATEGORY_WIDTH) for _ in self.categories
         )
-        for table in self.tables:
-            nn.init.normal_(table.weight, std=SIDE_SCALE)
+        for weight in self.tables.parameters():
+            nn.init.normal_(weight, std=SIDE_SCALE)
         self.width = len(self.numbers) + CONTEXT_CATEGORY_WIDTH * len(self.categories)
 
     def forward(self, context: Tensor) -> Tensor:

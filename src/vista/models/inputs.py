@@ -111,7 +111,7 @@ class Recent(TensorGroup):
         chosen = (torch.arange(size, device=counts.device) >= size - counts[:, None]).flatten()
         index = (rows + torch.arange(size, device=counts.device)).flatten()[chosen]
         offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-        return Events(*(getattr(self, f.name).flatten()[index] for f in fields(self)), offsets)
+        return Events(**{f.name: getattr(self, f.name).flatten()[index] for f in fields(self)}, offsets=offsets)
 
 
 @dataclass(frozen=True)

@@ -192,7 +192,7 @@ class Summarizer(nn.Module):
     def read(self, state: UserState, include_open: bool = True) -> Tensor:
         """Summary tokens (B, K, D). Without the open segment they are as of the newest closed border."""
         if self.config.scope == "full":
-            return self._read_full(state)
+            return self._read_full(state, include_open)
         if not include_open:
             return self.read_memory(state.memory, self.border(state))
         num_open = self.num_open(state)
@@ -210,6 +210,8 @@ class Summarizer(nn.Module):
         """The progress as of the newest closed segment's border."""
         num_open = self.num_open(state)
         closed = state.progress.num_events - num_open
+        if not state.recent.item.shape[1]:  # scope "full" before the first event
+            return state.progress
         place = (state.recent.item.shape[1] - 1 - num_open).clamp(min=0)
         last = state.recent.timestamp_us.gather(1, place[:, None]).squeeze(1)
         nothing = closed == 0
@@ -279,10 +281,11 @@ class Summarizer(nn.Module):
         recent = Recent(*(torch.cat([old, new[None]], 1) for old, new in columns))
         return UserState(state.progress.advance(events), recent, state.memory)
 
-    def _read_full(self, state: UserState) -> Tensor:
-        recent = state.recent
-        x = self.embedding(recent.item[0], recent.action[0], recent.timestamp_us[0], recent.gap_us[0])
-        return self.read_full(x, state.progress)[None]
+    def _read_full(self, state: UserState, include_open: bool) -> Tensor:
+        progress = state.progress if include_open else self.border(state)
+        recent, count = state.recent, int(progress.num_events)
+        columns = (recent.item, recent.action, recent.timestamp_us, recent.gap_us)
+        return self.read_full(self.embedding(*(c[0, :count] for c in columns)), progress)[None]
 
     def read_full(self, x: Tensor, progress: Progress) -> Tensor:
         """The paper's summary of one history: event vectors x (N, D), progress of one user, to (K, D)."""
@@ -301,4 +304,4 @@ def join(a: Events, b: Events) -> Events:
     place = torch.argsort(user, stable=True)
     offsets = a.offsets + b.offsets
     columns = ("item", "action", "timestamp_us", "gap_us")
-    return Events(*(torch.cat([getattr(a, c), getattr(b, c)])[place] for c in columns), offsets)
+    return Events(**{c: torch.cat([getattr(a, c), getattr(b, c)])[place] for c in columns}, offsets=offsets)

@@ -49,14 +49,14 @@ def assert_same(a: Path, b: Path) -> None:
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
     """Send Ctrl-C when the trainer has made so many steps."""
-    step_by_step = loop.Trainer._train_step
+    step_by_step = loop.Trainer.train_step
 
     def interrupt(self, step):
         step_by_step(self, step)
         if self.position.step == steps:
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(loop.Trainer, "_train_step", interrupt)
+    monkeypatch.setattr(loop.Trainer, "train_step", interrupt)
 
 
 @pytest.mark.parametrize("model", ["vista", "recent", "counts"])

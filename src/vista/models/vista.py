@@ -135,13 +135,24 @@ class SequenceModel(nn.Module):
         event_x = self.embedding(*(c.flatten() for c in _columns(recent)))
         return self.rank(tokens, event_x, requests)
 
+    def init_state(self, num_users: int) -> UserState:
+        """The state of users without events; without a summarizer, recent events are all of it."""
+        if self.summarizer is not None:
+            return self.summarizer.init_state(num_users)
+        return UserState(Progress.start(num_users), Recent.empty(num_users, self.config.recent_events), ())
+
+    def extend(self, state: UserState, events: Events) -> UserState:
+        """The state after these events; see ``Summarizer.extend``."""
+        if self.summarizer is not None:
+            return self.summarizer.extend(state, events)
+        events = Events.from_log(
+            events.item, events.action, events.timestamp_us, events.offsets, state.progress.last_us
+        )
+        return UserState(state.progress.advance(events), state.recent.push(events), ())
+
     def empty_summary(self, num_users: int) -> Tensor:
         """Summary tokens (B, K, D) of users without any event: the answer for those a store does not know."""
-        if self.summarizer is None:
-            return torch.zeros(num_users, 0, self.config.width)
-        if self.config.scope == "full":
-            return self.summarizer.read(self.summarizer.init_state(1)).expand(num_users, -1, -1)
-        return self.summarizer.read(self.summarizer.init_state(num_users))
+        return self.state_tokens(self.init_state(1)).expand(num_users, -1, -1)
 
     def state_tokens(self, state: UserState) -> Tensor:
         """The tokens training, bulk and online use: as of the newest closed border; recent events add the rest."""

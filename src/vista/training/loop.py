@@ -143,7 +143,7 @@ class Trainer:
         with progress, stop_on_interrupt() as interrupted:
             started, before = time.monotonic(), self.position.elapsed_s
             for step in self._steps():
-                self._train_step(step)
+                self.train_step(step)
                 progress.advance(1)
                 self.position.elapsed_s = before + time.monotonic() - started
                 is_last = self._is_over()
@@ -176,7 +176,8 @@ class Trainer:
         budget = self.config.train.time_budget_s
         return self.position.step >= self.total_steps or (budget > 0 and self.position.elapsed_s >= budget)
 
-    def _train_step(self, step: Step) -> None:
+    def train_step(self, step: Step) -> None:
+        """One optimizer step on one batch."""
         settings = self.config.train
         self.model.train()
         factor = self._rate_factor()

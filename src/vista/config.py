@@ -120,6 +120,14 @@ def resolve(size: str = "small", file: Path | None = None, overrides: dict[str, 
     return config
 
 
+def setting_key(name: str) -> str:
+    """``width`` to ``model.width``: no name stands in both parts. Raises ConfigError for an unknown one."""
+    known = {f.name: part for part, kind in (("model", ModelConfig), ("train", TrainConfig)) for f in fields(kind)}
+    if name not in known:
+        raise ConfigError(f"unknown setting {name!r}{nearest(name, known)}")
+    return f"{known[name]}.{name}"
+
+
 def _read_toml(file: Path) -> dict[str, Any]:
     try:
         tables = tomllib.loads(file.read_text())

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from vista.config import Config
 from vista.data.histories import Histories, Impressions
-from vista.models.batch import Borders, Memory, Requests, TimelineBatch, Windows
+from vista.models.batch import Borders, Memory, Requests, TimelineBatch, Windows, flatten, unflatten
 from vista.models.inputs import Events, Progress
 
 CountFeatures = Callable[[np.ndarray, np.ndarray], np.ndarray]  # (request rows, impression rows), (n,) each -> (n, F)
@@ -385,17 +385,6 @@ class MemoryCarry:
         self.by_user = {}
         for name in sorted(state, key=lambda name: tuple(map(int, name.split(".")))):
             self.by_user.setdefault(int(name.split(".")[0]), []).append(state[name])
-
-
-def flatten(memory: Memory) -> list[Tensor]:
-    """Every tensor of a memory, in a fixed order."""
-    return [t for layer in memory for running in layer for t in running]
-
-
-def unflatten(tensors: list[Tensor], like: Memory) -> Memory:
-    """The reverse of ``flatten``, with the structure of ``like``."""
-    queue = iter(tensors)
-    return tuple(tuple(tuple(next(queue) for _ in running) for running in layer) for layer in like)
 
 
 def ragged_arange(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:

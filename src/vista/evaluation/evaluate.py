@@ -19,12 +19,12 @@ from vista.evaluation.metrics import Metrics, positive_rank, ranking_metrics
 from vista.evaluation.results import Evaluation
 from vista.evaluation.scoring import score
 from vista.evaluation.slices import ScoredImpressions
+from vista.evaluation.tables import BEST_POSSIBLE
 from vista.models.batch import Requests
 from vista.models.vista import SequenceModel
 from vista.progress import Progress
 
 RANKED_AT_ONCE = 65_536  # candidates x requests scored together in full ranking: some hundred megabytes
-BEST_POSSIBLE = "best possible"
 
 
 def evaluate(

@@ -111,3 +111,14 @@ class Output:
     logits: Tensor
     memory: Memory
     reconstruction: Tensor | None = None
+
+
+def flatten(memory: Memory) -> list[Tensor]:
+    """Every tensor of a memory, in a fixed order."""
+    return [t for layer in memory for running in layer for t in running]
+
+
+def unflatten(tensors: list[Tensor], like: Memory) -> Memory:
+    """The reverse of ``flatten``, with the structure of ``like``."""
+    queue = iter(tensors)
+    return tuple(tuple(tuple(next(queue) for _ in running) for running in layer) for layer in like)

@@ -20,6 +20,7 @@ import torch
 from vista.checkpoint import Run
 from vista.errors import StoreError
 from vista.models.inputs import Recent
+from vista.records import fill_recent
 from vista.store.contract import SummaryStore
 from vista.store.record import decode, user_key
 
@@ -61,6 +62,7 @@ class Scorer:
     def __init__(self, run: Run, store: SummaryStore) -> None:
         self.run, self.store, self.model = run, store, run.sequence_model
 
+    @torch.no_grad()
     def read(self, users: Sequence[Any]) -> UserSummaries:
         """Tokens and recent events of users by original id. Raises StoreError for a damaged or misfit record."""
         config = self.run.config.model
@@ -79,10 +81,7 @@ class Scorer:
                     f"{tuple(tokens.shape[1:])}; summarize again"
                 )
             tokens[row] = torch.from_numpy(record.arrays["tokens"].astype(np.float32))
-            for name in ("item", "action", "timestamp_us", "gap_us"):
-                column = torch.from_numpy(record.arrays[f"recent_{name}"].astype(np.int64))
-                if len(column):
-                    getattr(recent, name)[row, -len(column) :] = column
+            fill_recent(recent, row, record)
             num_events[row], as_of_us[row] = record.num_events, record.as_of_us
         return UserSummaries(tokens, recent, num_events, as_of_us, np.array([blob is not None for blob in blobs]))
 

@@ -1,0 +1,89 @@
+"""The commands as Python calls. Each takes paths, does what the command of the same name does, and returns the result.
+
+prepare    event log -> prepared data         train      prepared data -> run
+load       run -> model, config, catalogue    evaluate   run, data -> metrics
+summarize  run, data -> store                 rank       run, store, user, candidates -> scores
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from vista.checkpoint import Run, load_run
+from vista.config import resolve, setting_key
+from vista.data.histories import PreparedData
+from vista.data.prepare import PrepareOptions
+from vista.data.prepare import prepare as _prepare
+from vista.errors import ConfigError
+from vista.evaluation.evaluate import evaluate as _evaluate
+from vista.evaluation.results import Evaluation
+from vista.jobs.summarize import SummarizeReport
+from vista.jobs.summarize import summarize as _summarize
+from vista.schema import Manifest
+from vista.serving.scorer import Scorer
+from vista.store.contract import open_store
+from vista.training.loop import train as _train
+
+__all__ = ["evaluate", "load", "prepare", "rank", "summarize", "train"]
+
+
+def prepare(events: Path | str, out: Path | str, **options: Any) -> Manifest:
+    """Prepare an event log; ``options`` are the fields of ``vista.data.prepare.PrepareOptions``."""
+    return _prepare(PrepareOptions(events=str(events), **options), Path(out))
+
+
+def train(
+    data: Path | str, out: Path | str, size: str = "small", resume: bool = False, quiet: bool = False, **settings: Any
+) -> Run:
+    """Train a model and load it. Settings are those of ``vista.config``, as in ``width=32`` or ``max_steps=500``.
+
+    Raises ConfigError for a setting that is unknown or out of range.
+    """
+    config = resolve(size, overrides={setting_key(name): value for name, value in settings.items()})
+    return load_run(_train(PreparedData.open(data), Path(out), config, resume, quiet))
+
+
+def load(run: Path | str) -> Run:
+    """A trained run: its ``summarizer``, ``ranker``, ``model``, ``config``, ``catalogue`` and ``version``."""
+    return load_run(run)
+
+
+def evaluate(
+    run: Path | str, data: Path | str, split: str = "test", full_ranking: bool = False, quiet: bool = False
+) -> Evaluation:
+    """Metrics and slices of a run on a split of the data it was trained on."""
+    return _evaluate(load_run(run), PreparedData.open(data), split, full_ranking, quiet)
+
+
+def summarize(
+    run: Path | str, data: Path | str, store: str, codec: str = "int8", force: bool = False, quiet: bool = False
+) -> SummarizeReport:
+    """Every user's summary into a store (a path or a URL), published."""
+    with open_store(str(store)) as opened:
+        return _summarize(load_run(run), PreparedData.open(data), opened, codec, force, quiet)
+
+
+def rank(run: Path | str, store: str, user: Any, candidates: list[Any], at_us: int | None = None) -> dict[str, Any]:
+    """Score one user's candidates from a store, as of ``at_us`` (microseconds since 1970 UTC; default now).
+
+    Returns user, candidates, tasks, scores (one list of probabilities per candidate, in the order of tasks),
+    known_user, known_candidates, num_events, as_of_us and version. For many calls keep a
+    ``vista.serving.scorer.Scorer``.
+    """
+    if not candidates:
+        raise ConfigError("candidates is empty: name at least one item")
+    loaded = load_run(run)
+    with open_store(str(store), read_only=True) as opened:
+        (ranking,) = Scorer(loaded, opened).rank([user], [candidates], at_us)
+    return {
+        "user": user,
+        "candidates": list(candidates),
+        "tasks": list(loaded.schema.tasks),
+        "scores": ranking.probability.tolist(),
+        "known_user": ranking.is_known_user,
+        "known_candidates": ranking.is_known_item.tolist(),
+        "num_events": ranking.num_events,
+        "as_of_us": ranking.as_of_us,
+        "version": loaded.version,
+    }

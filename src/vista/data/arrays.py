@@ -1,0 +1,132 @@
+"""Writing the .npy files of prepared data: arrays that grow, checksums, and a disk that fills."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+from vista.errors import DataError
+
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+
+
+class ArrayWriter:
+    """A one-dimensional .npy file that is written piece by piece, its length known only at the end.
+
+    Leaves numpy's own ``tofile`` aside: on a full disk that says how many values it wrote, not that the disk is full.
+    """
+
+    def __init__(self, path: Path, dtype: np.typing.DTypeLike) -> None:
+        self.dtype = np.dtype(dtype)
+        self.length = 0
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("wb")
+        self._write_header()
+
+    def _write_header(self) -> None:
+        # numpy pads the header so that a longer first dimension fits in its place
+        header = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": (self.length,)}
+        np.lib.format.write_array_header_1_0(self._file, header)
+
+    def append(self, values: np.ndarray) -> None:
+        self._file.write(np.ascontiguousarray(values, dtype=self.dtype).tobytes())
+        self.length += len(values)
+
+    def close(self) -> None:
+        """Write the true length into the header."""
+        if self._file.closed:
+            return
+        end = self._file.tell()
+        self._file.seek(0)
+        self._write_header()
+        assert end == self._file.tell() + self.length * self.dtype.itemsize, "the header changed its size"
+        self._file.close()
+
+    def __enter__(self) -> ArrayWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:  # what is there is of no use, and on a full disk writing on would fail again
+            with suppressing_os_errors():
+                self._file.close()
+
+
+@contextmanager
+def suppressing_os_errors() -> Iterator[None]:
+    """Let an OSError pass, where a first one is already on its way up."""
+    try:
+        yield
+    except OSError:
+        pass
+
+
+def save_array(path: Path, array: np.ndarray) -> None:
+    """Write one whole array, of any shape, as .npy."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    array = np.ascontiguousarray(array)
+    with path.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+        file.write(array.tobytes())
+
+
+def read_slice(path: Path, first: int, end: int) -> np.ndarray:
+    """Elements first .. end - 1 of a one-dimensional .npy file, read rather than mapped.
+
+    Mapped pages count as resident memory for as long as the kernel likes; a pass over a large log should not.
+    """
+    with path.open("rb") as file:
+        np.lib.format.read_magic(file)
+        _, _, dtype = np.lib.format.read_array_header_1_0(file)
+        return np.fromfile(file, dtype, end - first, offset=first * dtype.itemsize)
+
+
+def ragged_rows(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """All positions starts[i] .. starts[i] + lengths[i] - 1, one range after another, as one int64 array."""
+    ends = np.cumsum(lengths, dtype=np.int64)
+    total = int(ends[-1]) if len(ends) else 0
+    return np.arange(total, dtype=np.int64) + np.repeat(np.asarray(starts, np.int64) - (ends - lengths), lengths)
+
+
+def chunk_bounds(lengths: np.ndarray, target: int) -> Iterator[tuple[int, int]]:
+    """Cut rows of given lengths into consecutive ranges of about ``target`` in all; a longer row is its own range."""
+    ends = np.cumsum(lengths, dtype=np.int64)
+    first = 0
+    while first < len(lengths):
+        done = int(ends[first - 1]) if first else 0
+        last = max(first + 1, int(np.searchsorted(ends, done + target, side="right")))
+        yield first, last
+        first = last
+
+
+def checksums(folder: Path, paths: Iterable[Path]) -> dict[str, str]:
+    """SHA-256 of each file, by its path relative to the folder."""
+    sums = {}
+    for path in sorted(paths):
+        with path.open("rb") as file:
+            sums[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+    return sums
+
+
+@contextmanager
+def reporting_full_disk(folder: Path) -> Iterator[None]:
+    """Turn whatever a library raises on a full disk into a DataError that says where."""
+    try:
+        yield
+    except Exception as error:
+        number = error.errno if isinstance(error, OSError) else None
+        if number in FULL_DISK or "No space left on device" in str(error):
+            raise DataError(
+                f"{folder}: the disk is full; nothing was kept. Prepared data needs about 20 bytes per event and as "
+                "much again while it is made: free some space or choose another --out"
+            ) from error
+        raise

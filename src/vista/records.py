@@ -1,0 +1,66 @@
+"""User states to stored records and back.
+
+Two records per user, committed together: ``tokens`` (hot: summary tokens, the newest raw events) and ``state`` (cold,
+exact: what a stream goes on from). Neither holds anything that depends on other users.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from vista.models.batch import flatten, unflatten
+from vista.models.inputs import Progress, Recent
+from vista.models.summarizer import UserState
+from vista.models.vista import SequenceModel
+from vista.store.record import Record, user_key
+
+RECENT_TYPES = {"item": np.int32, "action": np.int16, "timestamp_us": np.int64, "gap_us": np.int64}
+
+
+@torch.no_grad()
+def to_records(model: SequenceModel, state: UserState, user_ids: list[Any], version: str) -> list[Record]:
+    """The tokens and state records of B users, two per user, with the tokens as of each newest closed border."""
+    tokens = model.state_tokens(state).float().numpy()
+    memory = [t.numpy() for t in flatten(state.memory)]
+    newest = model.config.recent_events
+    records = []
+    for row, user in enumerate(user_ids):
+        held = state.recent.item[row] > 0
+        kept = {f"recent_{n}": getattr(state.recent, n)[row, held].numpy().astype(t) for n, t in RECENT_TYPES.items()}
+        hot = {name: array[-newest:] for name, array in kept.items()} | {"tokens": tokens[row]}
+        cold = kept | {f"memory_{i}": t[row] for i, t in enumerate(memory)}
+        cold["first_us"] = state.progress.first_us[row : row + 1].numpy()
+        facts = (user_key(user), int(state.progress.last_us[row]), int(state.progress.num_events[row]))
+        records += [Record("tokens", version, *facts, hot), Record("state", version, *facts, cold)]
+    return records
+
+
+def from_records(model: SequenceModel, records: list[Record | None]) -> UserState:
+    """The states that ``to_records`` stored; None stands for a user without events."""
+    initial = model.init_state(len(records))
+    progress = Progress(
+        *(t.clone() for t in (initial.progress.num_events, initial.progress.first_us, initial.progress.last_us))
+    )
+    held = max((len(r.arrays["recent_item"]) for r in records if r is not None), default=0)
+    recent = Recent.empty(len(records), max(held, initial.recent.item.shape[1]))
+    memory = [t.clone() for t in flatten(initial.memory)]
+    for row, record in enumerate(records):
+        if record is None:
+            continue
+        progress.num_events[row], progress.last_us[row] = record.num_events, record.as_of_us
+        progress.first_us[row] = int(record.arrays["first_us"][0])
+        fill_recent(recent, row, record)
+        for i, tensor in enumerate(memory):
+            tensor[row] = torch.from_numpy(record.arrays[f"memory_{i}"].copy())
+    return UserState(progress, recent, unflatten(memory, initial.memory))
+
+
+def fill_recent(recent: Recent, row: int, record: Record) -> None:
+    """Put a record's recent events into one row, newest last."""
+    for name in RECENT_TYPES:
+        column = torch.from_numpy(record.arrays[f"recent_{name}"].astype(np.int64))
+        if len(column):
+            getattr(recent, name)[row, -len(column) :] = column

@@ -39,7 +39,7 @@ def rules() -> dict[str, Rule]:
     for part, parts, others in rows[2:]:
         known = {name.strip() for name in parts.split(",")} - {""}
         if parts.startswith("everything"):
-            known = (set(table) | PARTS) - {parts.removeprefix("everything but ")}
+            known = PARTS - {name.strip() for name in parts.removeprefix("everything but").split(",")}
         table[part] = Rule(frozenset(known), frozenset(name.strip() for name in others.split(",")))
     return table
 

@@ -20,6 +20,8 @@ import typer
 from typer.core import TyperGroup
 
 from vista.cli.doctor import doctor
+from vista.cli.evaluate import evaluate
+from vista.cli.summarize import rank, summarize
 from vista.cli.train import train
 from vista.errors import VistaError
 
@@ -96,6 +98,9 @@ def common(
 
 
 app.command()(train)
+app.command()(evaluate)
+app.command()(summarize)
+app.command()(rank)
 app.command()(doctor)
 
 

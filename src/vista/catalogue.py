@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from vista.errors import CheckpointError, DataError
@@ -42,14 +42,20 @@ def hash_ids(ids: np.ndarray) -> np.ndarray:
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         return z ^ (z >> np.uint64(31))
-    digests = (hashlib.blake2b(str(text).encode(), digest_size=8).digest() for text in ids)
-    return np.frombuffer(b"".join(digests), dtype="<u8").astype(np.uint64)
+    return np.array([_hash_id(key) for key in ids.tolist()], np.uint64)
 
 
-def id_array(ids: Sequence[Any] | np.ndarray) -> np.ndarray:
+def _hash_id(key: Any) -> int:
+    if isinstance(key, str):
+        return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
+    return int(hash_ids(np.array([key & 0xFFFF_FFFF_FFFF_FFFF], np.uint64))[0])
+
+
+def id_array(ids: Sequence[Any] | np.ndarray, mixed: bool = False) -> np.ndarray:
     """Ids as int64 when they are all integers, else as an object array of strings.
 
-    Raises DataError for a null or an id that is neither an integer nor a string.
+    mixed: integers and strings may stand side by side, as in a request; they stay what they are. Raises DataError for a null
+    or anything else that is neither, and for a mixture where none is allowed.
     """
     array = np.asarray(ids) if len(ids) else np.empty(0, np.int64)
     if array.dtype.kind in "iu":
@@ -57,8 +63,10 @@ def id_array(ids: Sequence[Any] | np.ndarray) -> np.ndarray:
     array = np.empty(len(ids), dtype=object)
     array[:] = list(ids)
     for position, value in enumerate(array):
-        if not isinstance(value, str):
-            raise DataError(f"id {position} is {value!r} ({type(value).__name__}): ids are all integers or all strings")
+        is_integer = isinstance(value, int) and not isinstance(value, bool)
+        if not (isinstance(value, str) or (mixed and is_integer)):
+            rule = "an id is an integer or a string" if mixed else "ids are all integers or all strings"
+            raise DataError(f"id {position} is {value!r} ({type(value).__name__}): {rule}")
     return array
 
 
@@ -117,8 +125,8 @@ class Catalogue:
 
     def encode(self, ids: Sequence[Any] | np.ndarray) -> np.ndarray:
         """Ids to item indices, (n,) int32; an id that is not in the catalogue gets its unknown bucket."""
-        wanted = id_array(ids)
-        index = self._positions_of(_as_kind(wanted, self.ids.dtype.kind))
+        wanted = _as_kind(id_array(ids, mixed=True), self.ids.dtype.kind)
+        index = self._positions_of(wanted)
         return np.where(index >= 0, index + self.first_item, self.unknown_index(wanted)).astype(np.int32)
 
     def _positions_of(self, ids: np.ndarray) -> np.ndarray:
@@ -181,7 +189,7 @@ class Catalogue:
             with safe_open(path, framework="numpy") as file:
                 header = json.loads(file.metadata()["catalogue"])
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-        except (OSError, KeyError, TypeError, ValueError) as error:
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path}: not a readable catalogue ({error}); prepare or train again") from error
         if "ids" in arrays:
             ids = arrays["ids"]
@@ -205,10 +213,13 @@ def _as_kind(ids: np.ndarray, kind: str) -> np.ndarray:
 
     A command line or a URL has only strings. What cannot be spelled so ("abc", "007") stays as it is, and is unknown.
     """
-    if kind == ids.dtype.kind:
+    if ids.dtype.kind == kind == "i":
         return ids
-    if kind == "O":
-        return id_array([str(i) for i in ids.tolist()])
     spelled = np.empty(len(ids), dtype=object)
-    spelled[:] = [int(text) if text.lstrip("-").isdecimal() and str(int(text)) == text else text for text in ids]
+    spelled[:] = [str(key) if kind == "O" else _as_integer(key) for key in ids.tolist()]
     return spelled
+
+
+def _as_integer(key: Any) -> Any:
+    is_integer = isinstance(key, str) and key.lstrip("-").isdecimal() and str(int(key)) == key
+    return int(key) if is_integer else key

@@ -52,10 +52,8 @@ def offline_logits(run: Run, data: PreparedData, user: int, candidates: list[int
     model = run.sequence_model
     state = model.extend(model.init_state(1), history(data, user))
     items = torch.from_numpy(run.catalogue.encode(np.array(candidates)).astype(np.int64))[None]
-    newest = run.config.model.recent_events
-    recent = replace(
-        state.recent, **{n: getattr(state.recent, n)[:, -newest:] for n in state.recent.__dataclass_fields__}
-    )
+    names, newest = state.recent.__dataclass_fields__, run.config.model.recent_events
+    recent = replace(state.recent, **{name: getattr(state.recent, name)[:, -newest:] for name in names})
     return model.rank_users(model.state_tokens(state), recent, state.progress.num_events, torch.tensor([at_us]), items)[
         0
     ]

@@ -1,0 +1,108 @@
+"""A run evaluated on a split: each score from what was known then, the catalogue ranked as one by one."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from tests.training.worlds import SMALL, write_world
+from vista.checkpoint import Run, load_run
+from vista.config import resolve
+from vista.data.histories import PreparedData
+from vista.errors import CheckpointError, ConfigError
+from vista.evaluation.evaluate import best_possible, evaluate, model_name
+from vista.evaluation.metrics import normalized_entropy, ranking_metrics
+from vista.evaluation.results import Evaluation
+from vista.models.inputs import Events
+from vista.training.loop import train
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> PreparedData:
+    return write_world(tmp_path_factory.mktemp("world") / "data")
+
+
+@pytest.fixture(scope="module")
+def run(data, tmp_path_factory) -> Run:
+    settings = SMALL | {"train.max_steps": 12}
+    return load_run(
+        train(data, tmp_path_factory.mktemp("run") / "run", resolve("tiny", overrides=settings), quiet=True)
+    )
+
+
+@torch.no_grad()
+def logits_alone(run: Run, data: PreparedData, request: int, items: np.ndarray) -> np.ndarray:
+    """One test request by itself: a state up to the newest closed border, recent events up to the request."""
+    model, log, test = run.sequence_model, data.histories, data.impressions("test")
+    start, known = int(log.offsets[test.user[request]]), int(test.num_known[request])
+    columns = (
+        torch.from_numpy(a[start : start + known].astype(np.int64)) for a in (log.item, log.action, log.timestamp_us)
+    )
+    state = model.extend(model.init_state(1), Events.from_log(*columns, torch.tensor([0, known])))
+    at_us = torch.tensor([int(test.timestamp_us[request])])
+    candidates = torch.from_numpy(items.astype(np.int64))[None]
+    return model.rank_users(model.state_tokens(state), state.recent, torch.tensor([known]), at_us, candidates)[
+        0, :, 0
+    ].numpy()
+
+
+def test_metrics_are_those_of_the_scores_one_request_at_a_time(data, run):
+    test = data.impressions("test")
+    logits = [
+        logits_alone(run, data, r, test.item[test.offsets[r] : test.offsets[r + 1]]) for r in range(test.num_requests)
+    ]
+    expected = normalized_entropy(test.label[:, 0], 1 / (1 + np.exp(-np.concatenate(logits).astype(np.float64))))
+    result = evaluate(run, data, quiet=True)
+    assert result.metrics["click"]["ne"] == pytest.approx(expected, rel=1e-5)
+    assert result.protocol["version"] == run.version
+    assert [line["step"] for line in result.learning_curve] == [5, 10, 12]
+    assert Evaluation.from_json(json.loads(result.dumps())) == result
+
+
+def test_full_ranking_ranks_the_positive_among_all_items(data, run):
+    test = data.impressions("test")
+    items = np.arange(run.catalogue.first_item, run.catalogue.num_indices)
+    ranks = []
+    for r in range(test.num_requests):
+        rows = slice(int(test.offsets[r]), int(test.offsets[r + 1]))
+        positives = test.item[rows][test.label[rows, 0] == 1]
+        if len(positives) == 1:
+            logits = logits_alone(run, data, r, items)
+            ranks.append(1 + int((logits > logits[positives[0] - items[0]]).sum()))
+    expected = ranking_metrics(np.array(ranks))
+    result = evaluate(run, data, full_ranking=True, quiet=True)
+    assert len(ranks) > 10
+    for name, value in expected.items():
+        assert result.metrics["click"][name] == pytest.approx(value), name
+
+
+def test_counts_cannot_rank_the_catalogue(data, tmp_path):
+    settings = SMALL | {"train.max_steps": 3, "model.model": "counts"}
+    counts = load_run(train(data, tmp_path / "run", resolve("tiny", overrides=settings), quiet=True))
+    assert np.isfinite(evaluate(counts, data, quiet=True).metrics["click"]["ne"])
+    with pytest.raises(ConfigError, match="leave out --full-ranking"):
+        evaluate(counts, data, full_ranking=True, quiet=True)
+    assert model_name(counts) == "counts"
+
+
+def test_best_possible_is_there_for_worlds_that_know_it_alone(data, tmp_path):
+    assert best_possible(data) is None
+    world = write_world(tmp_path / "data")
+    label = world.impressions("test").label
+    np.save(
+        tmp_path / "data" / "impressions" / "test" / "best_score.npy", np.where(label == 1, 0.9, 0.1).astype(np.float32)
+    )
+    best = best_possible(PreparedData.open(tmp_path / "data"))
+    assert best is not None
+    assert best.metrics["click"]["auc"] == 1.0
+
+
+def test_other_data_is_refused(run, tmp_path):
+    write_world(tmp_path / "data")
+    manifest = tmp_path / "data" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"click"', '"buy"'))
+    with pytest.raises(CheckpointError, match="trained on other data"):
+        evaluate(run, PreparedData.open(tmp_path / "data"), quiet=True)

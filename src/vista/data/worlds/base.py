@@ -195,4 +195,4 @@ def share_out(groups: list[tuple[np.ndarray, float]]) -> np.ndarray:
 
     A group without members gives its share to nobody.
     """
-    return sum(share * group / np.maximum(group.sum(1, keepdims=True), 1) for group, share in groups)  # type: ignore[return-value]
+    return sum(share * group / np.maximum(group.sum(1, keepdims=True), 1) for group, share in groups)

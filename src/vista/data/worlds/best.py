@@ -9,7 +9,7 @@ import math
 
 import numpy as np
 
-Score = dict[str, float]  # ne, auc, log_loss
+Score = dict[str, float | None]  # ne, auc, log_loss; None = cannot be measured
 
 
 def expected(probability: np.ndarray, score: np.ndarray) -> Score:
@@ -17,11 +17,12 @@ def expected(probability: np.ndarray, score: np.ndarray) -> Score:
 
     log_loss is -mean(p ln s + (1 - p) ln(1 - s)), in nats, and infinite when a possible label got s = 0; ne divides it
     by the entropy of mean(p). auc is the expected number of rightly ordered (positive, negative) pairs, ties a half,
-    over the expected number of pairs. Each is nan where mean(p) is 0 or 1. With score = probability: the best possible.
+    over the expected number of pairs. Each is None where mean(p) is 0 or 1. With score = probability it is the best
+    possible.
     """
     base = float(probability.mean()) if len(probability) else 0.0
     if not 0 < base < 1:
-        return {"ne": math.nan, "auc": math.nan, "log_loss": math.nan}
+        return {"ne": None, "auc": None, "log_loss": None}
     surprise = -_times_log(probability, score) - _times_log(1 - probability, 1 - score)
     log_loss = abs(float(surprise.mean()))  # abs: no -0.0
     entropy = -base * math.log(base) - (1 - base) * math.log1p(-base)

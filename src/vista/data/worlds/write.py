@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
 from vista.data.output import new_folder
 from vista.data.worlds.base import ACTIONS, Log, Requests, World, draw_times
@@ -134,7 +134,7 @@ def write_world(name: str, out: Path, options: WorldOptions | None = None) -> di
         details |= {name.removeprefix("detail_"): values for name, values in facts.items()}
         pq.write_table(pa.table(details), folder / "details.parquet")
         described = _describe(world, impressions, num_events)
-        (folder / "world.json").write_text(json.dumps(described, indent=2) + "\n")
+        (folder / "world.json").write_text(json.dumps(described, indent=2, allow_nan=False) + "\n")
     return described
 
 

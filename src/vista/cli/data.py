@@ -1,0 +1,95 @@
+"""``vista data ...``: event logs to work on: synthetic worlds, and public logs in the form ``vista prepare`` reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    name="data",
+    help="Make or convert event logs: synthetic worlds with a known best score, and public data.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+)
+
+Out = Annotated[Path, typer.Option(help="Folder to write; must be new or empty.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of lines.")]
+
+
+@app.command()
+def synth(
+    world: Annotated[str, typer.Argument(help="lifelong, needle, repetition, membership or drift (docs/worlds.md).")],
+    out: Out,
+    users: Annotated[int | None, typer.Option(help="Users in all.")] = None,
+    events: Annotated[int | None, typer.Option(help="Events of each user.")] = None,
+    items: Annotated[int | None, typer.Option(help="Items in all.")] = None,
+    categories: Annotated[int | None, typer.Option(help="Categories in all.")] = None,
+    requests: Annotated[int | None, typer.Option(help="Requests of each user.")] = None,
+    candidates: Annotated[int | None, typer.Option(help="Candidates of each request.")] = None,
+    likes: Annotated[int | None, typer.Option(help="Likes of each user, in worlds that have them.")] = None,
+    ages: Annotated[
+        str | None, typer.Option(help="Ask about likes of these ages only, in events: 100,1000 (needle, repetition).")
+    ] = None,
+    same_item: Annotated[
+        bool, typer.Option("--same-item", help="A hit shows the liked item itself (needle, repetition).")
+    ] = False,
+    seed: Annotated[int | None, typer.Option(help="Seed: the same one makes the same world.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="Any other setting, as in --set p_hit=0.8; repeatable.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make a synthetic world: events, items and impressions whose best possible score is known.
+
+    What is not given is the world's own default. Prepare it with
+    `vista prepare OUT/events.parquet --items OUT/items.parquet --impressions OUT/impressions.parquet --out DATA`.
+    """
+    from vista.data.worlds import WorldOptions, write_world
+
+    settings: dict[str, Any] = _parse_overrides(overrides or [])
+    settings |= {} if likes is None else {"likes": likes}
+    settings |= {} if ages is None else {"ages": ages}
+    settings |= {"same_item": True} if same_item else {}
+    options = WorldOptions(users, events, items, categories, requests, candidates, seed, settings)
+    described = write_world(world, out, options)
+    if as_json:
+        _print_json(described)
+        return
+    typer.echo(
+        f"world {world}: {described['num_events']:,} events, {described['num_impressions']:,} impressions in {out}"
+    )
+    for task, scores in described["tasks"].items():
+        for name in ("best", "recent_only_best", "history_blind_best"):
+            what = name.replace("_", " ")
+            if name == "recent_only_best":
+                what += f" ({scores[name]['recent_events']} events)"
+            typer.echo(f"{task}, {what}: NE {_number(scores[name]['ne'])}, AUC {_number(scores[name]['auc'])}")
+    typer.echo(
+        f"next: vista prepare {out}/events.parquet --items {out}/items.parquet "
+        f"--impressions {out}/impressions.parquet --out DATA"
+    )
+
+
+def _parse_overrides(pairs: list[str]) -> dict[str, Any]:
+    """``likes=4`` to {"likes": "4"}. Raises ConfigError where there is no ``=``."""
+    from vista.errors import ConfigError
+
+    parsed = {}
+    for pair in pairs:
+        setting, equals, value = pair.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {pair!r}: write it as --set p_hit=0.8")
+        parsed[setting.strip()] = value.strip()
+    return parsed
+
+
+def _number(value: float | None) -> str:
+    return "none" if value is None else f"{value:.4f}"
+
+
+def _print_json(values: dict[str, Any]) -> None:
+    import json
+
+    typer.echo(json.dumps(values, indent=2, allow_nan=False))

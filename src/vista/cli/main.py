@@ -21,6 +21,7 @@ from typer.core import TyperGroup
 
 from vista.cli.doctor import doctor
 from vista.cli.evaluate import evaluate
+from vista.cli.prepare import prepare
 from vista.cli.summarize import rank, summarize
 from vista.cli.train import train
 from vista.errors import VistaError
@@ -97,6 +98,7 @@ def common(
     """Options of every command; VistaGroup reads ``debug``, the version is printed by its callback."""
 
 
+app.command()(prepare)
 app.command()(train)
 app.command()(evaluate)
 app.command()(summarize)

@@ -97,6 +97,21 @@ def ragged_rows(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     return np.arange(total, dtype=np.int64) + np.repeat(np.asarray(starts, np.int64) - (ends - lengths), lengths)
 
 
+def search_ranges(values: np.ndarray, first: np.ndarray, end: np.ndarray, limit: np.ndarray) -> np.ndarray:
+    """Per row, the first place in first .. end whose value is not below the row's limit (end where there is none).
+
+    values: ascending within each range. A binary search in many ranges at once.
+    """
+    low, high = first.copy(), end.copy()
+    while (is_open := low < high).any():
+        middle = (low + high) // 2
+        is_below = np.zeros(len(low), bool)
+        is_below[is_open] = values[middle[is_open]] < limit[is_open]
+        low = np.where(is_open & is_below, middle + 1, low)
+        high = np.where(is_open & ~is_below, middle, high)
+    return low
+
+
 def chunk_bounds(lengths: np.ndarray, target: int) -> Iterator[tuple[int, int]]:
     """Cut rows of given lengths into consecutive ranges of about ``target`` in all; a longer row is its own range."""
     ends = np.cumsum(lengths, dtype=np.int64)

@@ -125,7 +125,9 @@ def open_clock(tables: Sequence[Table], column: str, rules: TimeRules) -> Clock:
     clock = _infer_clock(tables, column, rules.unit)
     low_us = clock.parse_us(rules.earliest, "--earliest")
     now_us = parse_datetime_us(datetime.now(UTC).isoformat(), "now")
-    high_us = now_us + LATEST_YEARS_AHEAD * US_PER_YEAR if rules.latest is None else clock.parse_us(rules.latest, "--latest")
+    high_us = (
+        now_us + LATEST_YEARS_AHEAD * US_PER_YEAR if rules.latest is None else clock.parse_us(rules.latest, "--latest")
+    )
     low, high = -(-low_us // clock.tick_us), high_us // clock.tick_us
     ticks = pl.concat([table.scan().select(clock.ticks(column, table.schema[column]).alias("t")) for table in tables])
     first, last, unread = ticks.select(
@@ -288,7 +290,9 @@ def explain(tables: Sequence[Table], columns: EventColumns, error: Exception) ->
     for table in tables:
         cell = table.unreadable_cell(list(_required(columns)))
         if cell is not None:
-            return DataError(f"{cell} is not {table.schema[cell.column]}, as the rows before it are; correct or remove it")
+            return DataError(
+                f"{cell} is not {table.schema[cell.column]}, as the rows before it are; correct or remove it"
+            )
     return unreadable(", ".join(str(table.path) for table in tables[:3]), error)
 
 

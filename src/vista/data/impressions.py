@@ -23,7 +23,7 @@ import numpy as np
 import polars as pl
 
 from vista.catalogue import hash_ids
-from vista.data.arrays import chunk_bounds, ragged_rows
+from vista.data.arrays import chunk_bounds, ragged_rows, search_ranges
 from vista.data.sort import Chunk, SortedLog
 from vista.data.split import RequestTable, mix, request_keys, uniform
 from vista.progress import Progress
@@ -93,9 +93,7 @@ def make_requests(
     return _assemble(bursts, parts, skipped), skipped
 
 
-def find_bursts(
-    log: SortedLog, user_hash: np.ndarray, num_items: int, rules: MadeRules, skipped: Skipped
-) -> Bursts:
+def find_bursts(log: SortedLog, user_hash: np.ndarray, num_items: int, rules: MadeRules, skipped: Skipped) -> Bursts:
     """The bursts that make a request; a uniform sample of them where there are more than ``max_requests``.
 
     The sample keeps those with the smallest hash of their key.
@@ -185,20 +183,8 @@ class Pool:
             wanted = self.category[bursts.positive]
             first, end = self.category_offsets[wanted], self.category_offsets[wanted + 1]
             reach[:, 1, 0] = first
-            reach[:, 1, 1] = np.where(wanted > 0, self._search(first, end, before) - first, 0)
+            reach[:, 1, 1] = np.where(wanted > 0, search_ranges(self.by_category, first, end, before) - first, 0)
         return reach
-
-    def _search(self, first: np.ndarray, end: np.ndarray, before: np.ndarray) -> np.ndarray:
-        """Per request, the first place in first .. end whose event is not among the first ``before``: a binary search in
-        many ranges at once. """  # fmt: skip
-        low, high = first.copy(), end.copy()
-        while (open_ := low < high).any():
-            middle = (low + high) // 2
-            is_before = np.zeros(len(low), bool)
-            is_before[open_] = self.by_category[middle[open_]] < before[open_]
-            low = np.where(open_ & is_before, middle + 1, low)
-            high = np.where(open_ & ~is_before, middle, high)
-        return low
 
     def items_at(self, places: np.ndarray, is_category: np.ndarray) -> np.ndarray:
         """The items of drawn events."""
@@ -292,7 +278,9 @@ def _accept(drawn: np.ndarray, fresh: np.ndarray) -> np.ndarray:
 def _assemble(bursts: Bursts, parts: list[Candidates], skipped: Skipped) -> RequestTable:
     """All requests that have a negative, with their candidates."""
     none = Candidates(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.int8))
-    counts, item, source = (np.concatenate([getattr(p, n) for p in [*parts, none]]) for n in ("counts", "item", "source"))
+    counts, item, source = (
+        np.concatenate([getattr(p, n) for p in [*parts, none]]) for n in ("counts", "item", "source")
+    )
     positive = SOURCES.index("positive")
     table = RequestTable(
         bursts.user, bursts.timestamp_us, bursts.num_known, np.concatenate([[0], np.cumsum(counts)]), item,

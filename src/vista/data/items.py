@@ -17,7 +17,9 @@ from vista.catalogue import Catalogue
 from vista.data.tables import Table, place_of, read_table
 from vista.errors import ConfigError, DataError, nearest
 
-MAX_IDENTIFIER_SHARE = 0.5  # a column with more different values than this share of its rows names items, not kinds of them
+MAX_IDENTIFIER_SHARE = (
+    0.5  # a column with more different values than this share of its rows names items, not kinds of them
+)
 MIN_IDENTIFIER_VALUES = 100  # in a small table many values may still be kinds
 
 
@@ -44,7 +46,9 @@ class ItemTable:
         repeated = ids.is_duplicated().arg_true()
         if len(repeated):
             row = int(repeated[0])
-            raise DataError(f"{place_of(tables, row)}: item {ids[row]!r} is there more than once; keep one row per item")
+            raise DataError(
+                f"{place_of(tables, row)}: item {ids[row]!r} is there more than once; keep one row per item"
+            )
         table = cls(ids)
         for name in features or [name for name in frame.columns if name != id_column]:
             table._add(tables, frame[name], is_named=bool(features))
@@ -125,7 +129,9 @@ class ItemFeatures:
         for name, column in table.categories.items():
             values = column.drop_nulls().unique().sort()
             index = pl.DataFrame({"value": values, "code": np.arange(1, len(values) + 1, dtype=np.int32)})
-            row = column.to_frame("value").join(index, on="value", how="left", maintain_order="left")["code"].fill_null(0)
+            row = (
+                column.to_frame("value").join(index, on="value", how="left", maintain_order="left")["code"].fill_null(0)
+            )
             features.categories[name] = np.zeros(num_items, np.int32)
             features.categories[name][codes] = row.to_numpy()
             features.values[name] = tuple(values.to_list())

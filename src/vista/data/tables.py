@@ -202,7 +202,9 @@ def read_table(path: Path | str, what: str) -> tuple[list[Table], pl.DataFrame]:
     tables = [Table.open(file) for file in find_files(path, what)]
     for table in tables[1:]:
         if list(table.schema) != list(tables[0].schema):
-            raise DataError(f"{table.path}: columns {list(table.schema)}, {tables[0].path} has {list(tables[0].schema)}")
+            raise DataError(
+                f"{table.path}: columns {list(table.schema)}, {tables[0].path} has {list(tables[0].schema)}"
+            )
     frames = [table.read() for table in tables]
     with readable(path):
         frame = pl.concat(frames, how="vertical_relaxed")

@@ -31,10 +31,16 @@ MESSAGES = tuple(
     for kind, pattern in (
         ("revbump", r"\brev-?\s?bump|\b(bump|increase|increment|up) (the )?(port )?revision|\brebuild\b"),
         ("maintainer", r"maintainer|\babandon|\btake over\b|\borphan"),
-        ("new", r"\bnew (port|submission|package|subport)|\badd(ed|s)? (a )?(new )?port\b|\binitial (port|commit|import)"),
+        (
+            "new",
+            r"\bnew (port|submission|package|subport)|\badd(ed|s)? (a )?(new )?port\b|\binitial (port|commit|import)",
+        ),
         ("remove", r"\b(remove|delete|drop)[sd]?\b.*\b(port|obsolete)|\bobsoleted?\b|\breplaced by\b"),
         ("fix", r"\bfix|\bbroken\b|\bpatch|\bwork ?around|\bcorrect|\brepair"),
-        ("meta", r"\blicen[sc]e|\bhomepage|\blivecheck|\bchecksums?\b|\bdescription|\bmaster_sites|\bwhitespace|\blint\b"),
+        (
+            "meta",
+            r"\blicen[sc]e|\bhomepage|\blivecheck|\bchecksums?\b|\bdescription|\bmaster_sites|\bwhitespace|\blint\b",
+        ),
         ("update", r"\bupdate|\bupgrade|\bbump|\bversion\b|\d+\.\d+"),
     )
 )

@@ -17,7 +17,7 @@ from vista import api
 from vista.checkpoint import Run
 from vista.config import resolve
 from vista.data.histories import PreparedData
-from vista.data.prepare import PrepareOptions, prepare
+from vista.data.prepare import PrepareOptions, prepare, summary_lines
 from vista.data.worlds import WorldOptions, write_world
 from vista.errors import StaleOutput
 from vista.evaluation.evaluate import best_possible
@@ -26,11 +26,12 @@ from vista.evaluation.report import write_report
 from vista.evaluation.tables import render_table
 from vista.training.loop import train
 
-WORLD = "lifelong"
-DEMO_SETTINGS: dict[str, Any] = {"model.num_seeds": 64, "train.validate_every_steps": 200, "train.patience": 100}
-# Seconds of training at most; on two quiet cores the steps end first. All together the demo stays below five minutes.
-BUDGETS = {"vista": (1000, 150.0), "recent": (600, 30.0), "counts": (600, 20.0)}
-CANDIDATES_SHOWN = 5
+WORLD, WORLD_OPTIONS = "lifelong", WorldOptions(requests=128)
+SIZE = "tiny"
+SETTINGS: dict[str, Any] = {"model.num_seeds": 64, "train.max_epochs": 1000, "train.validate_every_steps": 200}
+# Steps and seconds of training at most; on two quiet cores the steps end first, and the demo stays below five minutes.
+BUDGETS = {"vista": (1000, 150), "recent": (600, 30), "counts": (600, 20)}
+MAX_CANDIDATES_SHOWN = 6
 
 
 @dataclass(frozen=True)
@@ -42,93 +43,102 @@ class Demo:
     runs: dict[str, Run]
 
 
-def run_demo(
-    out: Path, events: Path | None = None, options: PrepareOptions | None = None, console: Console | None = None
-) -> Demo:
-    """Everything, below ``out``. events: a real event log instead of the built-in world, with ``options`` for its
-    columns.
+@dataclass(frozen=True)
+class DemoSize:
+    """How much the demo does; the tests do less."""
 
-    Raises StaleOutput when ``out`` holds the demo already.
+    world: WorldOptions = WORLD_OPTIONS
+    steps: int | None = None  # of training, instead of BUDGETS
+
+
+def run_demo(
+    out: Path, options: PrepareOptions | None = None, size: DemoSize | None = None, console: Console | None = None
+) -> Demo:
+    """Everything, below ``out``. options: a real event log and its columns, instead of the built-in world.
+
+    Raises StaleOutput when ``out`` is not empty, and whatever the single steps raise.
     """
-    console = console or Console()
-    if out.exists() and any(out.iterdir()):
-        raise StaleOutput(f"{out} is not empty: remove it, or choose another --out")
-    data = _prepare(out, events, options, console)
-    runs = {model: _train(out, data, model, steps, seconds, console) for model, (steps, seconds) in BUDGETS.items()}
-    _say(
-        console,
-        "evaluate",
-        *(str(out / name) for name in runs),
-        "--data",
-        str(data.folder),
-        "--report",
-        str(out / "report"),
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise StaleOutput(f"{out} is there already: remove it, or choose another --out")
+    show = _Show(console or Console())
+    size = size or DemoSize()
+    data = _prepare(out, options or _make_world(out, size.world, show), show)
+    runs = {model: _train(out, data, model, size.steps, show) for model in BUDGETS}
+    store = out / "store"
+    show.command("summarize", out / "vista", "--data", data.folder, "--store", store)
+    done = api.summarize(out / "vista", data.folder, str(store))
+    show.line(
+        f"{done.num_users:,} users, {done.num_events:,} events: {runs['vista'].config.model.num_seeds} tokens each"
     )
+    _rank(out, data, runs["vista"], store, show)
+    show.command("evaluate", *(out / m for m in runs), "--data", data.folder, "--report", out / "report")
     evaluations = [evaluate_run(run, data) for run in runs.values()]
     best = best_possible(data)
-    store = out / "store"
-    _say(console, "summarize", str(out / "vista"), "--data", str(data.folder), "--store", str(store))
-    summary = api.summarize(out / "vista", data.folder, str(store))
-    console.print(f"   {summary.num_users:,} users, {summary.num_events:,} events")
-    _rank(out, data, runs["vista"], store, console)
-    console.print()
-    console.print(render_table(evaluations, best))
+    show.console.print(render_table(evaluations, best))
     report = write_report(evaluations, out / "report", best, title="VISTA demo")
-    console.print(f"report: {report}")
+    show.line(f"report: {report}")
     return Demo(report, store, runs)
 
 
-def _say(console: Console, *command: str) -> None:
-    console.print(f"$ {shlex.join(('vista', *command))}", style="bold", markup=False, highlight=False, soft_wrap=True)
+@dataclass(frozen=True)
+class _Show:
+    """What whoever watches sees: the commands, and what came of them."""
+
+    console: Console
+
+    def command(self, *words: object) -> None:
+        text = shlex.join(("vista", *map(str, words)))
+        self.console.print(f"\n$ {text}", style="bold", markup=False, highlight=False, soft_wrap=True)
+
+    def line(self, text: str) -> None:
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-def _prepare(out: Path, events: Path | None, options: PrepareOptions | None, console: Console) -> PreparedData:
-    if events is None:
-        world = out / "world"
-        _say(console, "data", "synth", WORLD, "--out", str(world))
-        write_world(WORLD, world, WorldOptions())
-        options = PrepareOptions(
-            events=str(world / "events.parquet"),
-            items=str(world / "items.parquet"),
-            impressions=str(world / "impressions.parquet"),
-        )
-        _say(console, "prepare", options.events, "--items", str(options.items), "--impressions", str(options.impressions),
-             "--out", str(out / "data"))  # fmt: skip
-    else:
-        options = options or PrepareOptions(events=str(events))
-        _say(console, "prepare", str(events), "--out", str(out / "data"))
-    prepare(options, out / "data")
+def _make_world(out: Path, world: WorldOptions, show: _Show) -> PrepareOptions:
+    """Write the built-in world; how to prepare it."""
+    folder = out / "world"
+    show.command("data", "synth", WORLD, "--requests", world.requests, "--out", folder)
+    described = write_world(WORLD, folder, world)
+    show.line(f"{described['num_events']:,} events, {described['num_impressions']:,} impressions")
+    show.line(f"P(click) = {described['formula']}")
+    events, items, impressions = (str(folder / f"{name}.parquet") for name in ("events", "items", "impressions"))
+    return PrepareOptions(events, items, impressions)
+
+
+def _prepare(out: Path, options: PrepareOptions, show: _Show) -> PreparedData:
+    given = {"--items": options.items, "--impressions": options.impressions, "--burst-column": options.burst_column}
+    columns = {f"--{part}-column": getattr(options, f"{part}_column") for part in ("user", "item", "timestamp")}
+    given |= {
+        flag: name for flag, name in columns.items() if name != getattr(PrepareOptions, flag[2:].replace("-", "_"))
+    }
+    flags = [word for flag, value in given.items() if value is not None for word in (flag, value)]
+    show.command("prepare", options.events, *flags, "--out", out / "data")
+    for line in summary_lines(prepare(options, out / "data")):
+        show.line(line)
     return PreparedData.open(out / "data")
 
 
-def _train(out: Path, data: PreparedData, model: str, steps: int, seconds: float, console: Console) -> Run:
-    settings = {"model.model": model, "train.max_steps": steps, "train.time_budget_s": seconds, "train.max_epochs": 200}
-    config = resolve("tiny", overrides=settings | DEMO_SETTINGS)
-    flags = [f"--set={key}={value}" for key, value in DEMO_SETTINGS.items()]
-    _say(console, "train", str(data.folder), "--out", str(out / model), "--model", model, "--size", "tiny",
-         "--max-steps", str(steps), "--max-epochs", "200", "--time-budget-s", f"{seconds:g}", *flags)  # fmt: skip
+def _train(out: Path, data: PreparedData, model: str, steps: int | None, show: _Show) -> Run:
+    max_steps, seconds = BUDGETS[model]
+    given = {"train.max_steps": steps or max_steps, "train.time_budget_s": float(seconds)}
+    config = resolve(SIZE, overrides={"model.model": model} | given | SETTINGS)
+    flags = [f"--set={key}={value}" for key, value in SETTINGS.items()]
+    show.command("train", data.folder, "--out", out / model, "--model", model, "--size", SIZE,
+                 "--max-steps", max_steps, "--time-budget-s", seconds, *flags)  # fmt: skip
     train(data, out / model, config)
     return api.load(out / model)
 
 
-def _rank(out: Path, data: PreparedData, run: Run, store: Path, console: Console) -> None:
-    """Rank the candidates of one test request, from the store alone."""
+def _rank(out: Path, data: PreparedData, run: Run, store: Path, show: _Show) -> None:
+    """Rank the candidates of the last test request, from the store alone."""
     test = data.impressions("test")
-    shown = slice(int(test.offsets[0]), min(int(test.offsets[1]), int(test.offsets[0]) + CANDIDATES_SHOWN))
-    user = data.user_ids[int(test.user[0])]
-    candidates = [str(item) for item in run.catalogue.decode(test.item[shown]) if item is not None]
-    last_us = int(data.manifest.statistics["last_timestamp_us"])
-    _say(
-        console,
-        "rank",
-        str(out / "vista"),
-        "--store",
-        str(store),
-        "--user",
-        str(user),
-        "--candidates",
-        ",".join(candidates),
-    )
-    answer = api.rank(out / "vista", str(store), user, candidates, at_us=last_us + 1)
+    last = int(test.timestamp_us.argmax())
+    shown = test.item[test.offsets[last] : test.offsets[last + 1]][:MAX_CANDIDATES_SHOWN]
+    user = data.user_ids[int(test.user[last])]
+    candidates = [item for item in run.catalogue.decode(shown) if item is not None]
+    command = ("rank", out / "vista", "--store", store, "--user", user, "--candidates", ",".join(map(str, candidates)))
+    show.command(*command)
+    at_us = int(data.manifest.statistics["last_timestamp_us"]) + 1
+    answer = api.rank(out / "vista", str(store), user, candidates, at_us=at_us)
     for item, scores in sorted(zip(candidates, answer["scores"], strict=True), key=lambda pair: -pair[1][0]):
-        console.print(f"   item {item}: {scores[0]:.3f}", highlight=False)
+        show.line(f"item {item}: {scores[0]:.3f}")

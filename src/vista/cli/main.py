@@ -19,6 +19,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from vista.cli.demo import demo
 from vista.cli.doctor import doctor
 from vista.cli.evaluate import evaluate
 from vista.cli.prepare import prepare
@@ -98,6 +99,7 @@ def common(
     """Options of every command; VistaGroup reads ``debug``, the version is printed by its callback."""
 
 
+app.command()(demo)
 app.command()(prepare)
 app.command()(train)
 app.command()(evaluate)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shlex
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ SETTINGS: dict[str, Any] = {"model.num_seeds": 64, "train.max_epochs": 1000, "tr
 # Steps and seconds of training at most; on two quiet cores the steps end first, and the demo stays below five minutes.
 BUDGETS = {"vista": (1000, 150), "recent": (600, 30), "counts": (600, 20)}
 MAX_CANDIDATES_SHOWN = 6
+US_PER_S = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -136,9 +138,10 @@ def _rank(out: Path, data: PreparedData, run: Run, store: Path, show: _Show) -> 
     shown = test.item[test.offsets[last] : test.offsets[last + 1]][:MAX_CANDIDATES_SHOWN]
     user = data.user_ids[int(test.user[last])]
     candidates = [item for item in run.catalogue.decode(shown) if item is not None]
-    command = ("rank", out / "vista", "--store", store, "--user", user, "--candidates", ",".join(map(str, candidates)))
-    show.command(*command)
-    at_us = int(data.manifest.statistics["last_timestamp_us"]) + 1
-    answer = api.rank(out / "vista", str(store), user, candidates, at_us=at_us)
+    at_s = int(data.manifest.statistics["last_timestamp_us"]) // US_PER_S + 1  # just after the last event
+    moment = datetime.fromtimestamp(at_s, UTC).strftime("%Y-%m-%dT%H:%M:%S")
+    names = ",".join(map(str, candidates))
+    show.command("rank", out / "vista", "--store", store, "--user", user, "--candidates", names, "--at", moment)
+    answer = api.rank(out / "vista", str(store), user, candidates, at_us=at_s * US_PER_S)
     for item, scores in sorted(zip(candidates, answer["scores"], strict=True), key=lambda pair: -pair[1][0]):
         show.line(f"item {item}: {scores[0]:.3f}")

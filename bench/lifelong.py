@@ -7,8 +7,8 @@ For each length, in a process of its own (so that its peak memory is its own), w
 - read: events per second from the first event to the summary tokens, and the peak resident memory of the process;
 - new event: `extend` by one event and `read`, median over repeats. The open segment is half full at every length.
 
-Beside it, in the same process: the same layer with softmax attention (torch's own, causal) and with HSTU's SiLU attention
-(blockwise), whose new event costs a pass over the history, as long as they finish within SLOWEST_S.
+Beside it, in the same process: the same layer with softmax attention (torch's own, causal) and with HSTU's SiLU
+attention (blockwise), whose new event costs a pass over the history, as long as they finish within SLOWEST_S.
 """
 
 from __future__ import annotations
@@ -132,7 +132,8 @@ def measure(lengths: list[int], size: str, repeats: int) -> list[dict[str, float
             # as far as can be told from the last length: attention grows with the square of it
             growth = (length / rows[-1]["events"]) ** 2 if rows else 0.0
             able = [p for p in peers if not rows or rows[-1].get(f"{p}_s", SLOWEST_S) * growth < SLOWEST_S]
-            command = [sys.executable, __file__, "--one", folder, "--size", size, "--repeats", str(repeats), "--peers", *able]
+            options = ["--size", size, "--repeats", str(repeats), "--peers", *able]
+            command = [sys.executable, __file__, "--one", folder, *options]
             printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
             rows.append(json.loads(printed))
             print(describe(rows[-1], rows), flush=True)

@@ -125,7 +125,8 @@ def plot(rows: list[dict[str, float]], path: Path) -> None:
     events = [row["events"] for row in rows]
     axes.loglog(events, [row["per_impression_ms"] for row in rows], "s--", label="one reading per impression")
     axes.loglog(events, [row["timeline_ms"] for row in rows], "o-", label="one reading per timeline (vista train)")
-    axes.set(xlabel="events in the history", ylabel="training, ms per impression", title="Cost of training and history length")
+    axes.set(xlabel="events in the history", ylabel="training, ms per impression")
+    axes.set_title("Cost of training and history length")
     axes.grid(alpha=0.3, which="both")
     axes.legend()
     figure.savefig(path, dpi=120)
@@ -138,7 +139,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder for train_scaling.json and train_scaling.png")
     arguments = parser.parse_args()
     rows = measure(sorted(arguments.lengths), arguments.repeats, resolve("tiny"))
-    print(f"\n{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    machine = platform.processor() or platform.machine()
+    print(f"\n{machine}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     print(f"{'events':>9} {'timeline ms':>12} {'to shortest':>12} {'per impression ms':>18} {'to timeline':>12}")
     for row in rows:
         print(

@@ -50,9 +50,8 @@ def main() -> None:
         state = summarizer.extend(state, one_event(events, place))
     streamed = summarizer.read(state)
     state_bytes = sum(t.numel() * t.element_size() for layer in state.memory for memory in layer for t in memory)
-    print(
-        f"{NUM_EVENTS} events, one at a time: {tuple(streamed.shape[1:])} summary tokens, {state_bytes:,} bytes of memory"
-    )
+    shape = tuple(streamed.shape[1:])
+    print(f"{NUM_EVENTS} events, one at a time: {shape} summary tokens, {state_bytes:,} bytes of memory")
     print(f"largest difference from reading the history at once: {(streamed - at_once).abs().max():.1e}")
 
 

@@ -6,8 +6,8 @@ Item index space, the same in prepared data, batches, models, checkpoints, store
     1 .. num_unknown_buckets         an id the catalogue does not hold, by a hash of the id
     num_unknown_buckets + 1 ..       the items of the catalogue, in catalogue order
 
-Exact identity and what a model may learn are kept apart: every catalogue item has an index of its own, but an item first
-seen after the training period shares the *embedding row* of an unknown bucket, as it would have if it had been
+Exact identity and what a model may learn are kept apart: every catalogue item has an index of its own, but an item
+first seen after the training period shares the *embedding row* of an unknown bucket, as it would have if it had been
 unknown. So offline scores cannot be better than online ones.
 
 Needs numpy and safetensors alone, so that a server can load it without any data tooling.
@@ -20,6 +20,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +55,8 @@ def _hash_id(key: Any) -> int:
 def id_array(ids: Sequence[Any] | np.ndarray, mixed: bool = False) -> np.ndarray:
     """Ids as int64 when they are all integers, else as an object array of strings.
 
-    mixed: integers and strings may stand side by side, as in a request; they stay what they are. Raises DataError for a null
-    or anything else that is neither, and for a mixture where none is allowed.
+    mixed: integers and strings may stand side by side, as in a request; they stay what they are. Raises DataError for
+    a null or anything else that is neither, and for a mixture where none is allowed.
     """
     array = np.asarray(ids) if len(ids) else np.empty(0, np.int64)
     if array.dtype.kind in "iu":
@@ -196,7 +197,7 @@ class Catalogue:
         else:
             text, offsets = arrays["ids_utf8"].tobytes(), arrays["ids_offsets"].tolist()
             ids = np.empty(len(offsets) - 1, dtype=object)
-            ids[:] = [text[a:b].decode() for a, b in zip(offsets, offsets[1:], strict=False)]
+            ids[:] = [text[a:b].decode() for a, b in pairwise(offsets)]
         return cls(
             ids=ids,
             embedding_row=arrays["embedding_row"],

@@ -52,9 +52,9 @@ class ContextColumn:
 class Manifest:
     """Everything about a prepared data folder but the arrays themselves (``manifest.json``).
 
-    statistics holds at least: num_users, num_events, num_items, num_events_cut (by max_history), num_duplicates_dropped,
-    longest_history, mean_history, first_timestamp_us, last_timestamp_us, and num_requests / num_impressions per split.
-    checksums: SHA-256 of each file, by path relative to the folder.
+    statistics holds at least: num_users, num_events, num_items, num_events_cut (by max_history),
+    num_duplicates_dropped, longest_history, mean_history, first_timestamp_us, last_timestamp_us, and num_requests /
+    num_impressions per split. checksums: SHA-256 of each file, by path relative to the folder.
     """
 
     tasks: tuple[str, ...]

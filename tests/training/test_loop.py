@@ -98,7 +98,8 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_weights(data, tmp_path):
         "import sys; from pathlib import Path; from vista.config import Config; from vista.training.loop import train;"
         "from vista.data.histories import PreparedData;"
         f"config = Config.from_json(Path({str(tmp_path / 'config.json')!r}).read_text());"
-        f"train(PreparedData.open({str(data.folder)!r}), Path({str(run)!r}), config, resume=sys.argv[1] == '1', quiet=True)"
+        f"data = PreparedData.open({str(data.folder)!r});"
+        f"train(data, Path({str(run)!r}), config, resume=sys.argv[1] == '1', quiet=True)"
     )
     saved = run / "training.safetensors"
     for delay_s in (0.0, 0.03, 0.3, None):

@@ -96,11 +96,7 @@ def read_in_parts(histories: Histories, users: np.ndarray, max_events: int) -> I
     while left.any():
         lengths = np.minimum(left, share)
         index = ragged_arange(starts, lengths)
-        yield Events.from_log(
-            *(
-                torch.from_numpy(c[index].astype(np.int64))
-                for c in (histories.item, histories.action, histories.timestamp_us)
-            ),
-            torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)])),
-        )
+        columns = (histories.item, histories.action, histories.timestamp_us)
+        item, action, timestamp_us = (torch.from_numpy(column[index].astype(np.int64)) for column in columns)
+        yield Events.from_log(item, action, timestamp_us, torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)])))
         starts, left = starts + lengths, left - lengths

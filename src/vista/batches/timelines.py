@@ -297,10 +297,12 @@ class BatchBuilder:
         place = known[:, None] + newest
         recent = np.where(place >= 0, place + rows.batch_row[lane][:, None], -1)
         log_row = np.maximum(place, 0) + rows.history_start[lane][:, None]
-        log = self.feed.histories.timestamp_us
-        recent_us = (
-            np.where(place >= 0, log[np.minimum(log_row, len(log) - 1)], 0) if len(log) else np.zeros_like(place)
-        )
+
+        def of_recent(log: np.ndarray) -> Tensor:
+            if not len(log):
+                return torch.from_numpy(np.zeros_like(place))
+            values = np.where(place >= 0, log[np.minimum(log_row, len(log) - 1)], 0)
+            return torch.from_numpy(values.astype(np.int64))
 
         def padded(values: np.ndarray, dtype: type) -> Tensor:
             out = np.zeros((*impression.shape, *values.shape[1:]), dtype)
@@ -310,7 +312,8 @@ class BatchBuilder:
         requests = Requests(
             summary=torch.from_numpy(border.astype(np.int64)),
             recent=torch.from_numpy(recent),
-            recent_us=torch.from_numpy(recent_us.astype(np.int64)),
+            recent_item=of_recent(self.feed.histories.item),
+            recent_us=of_recent(self.feed.histories.timestamp_us),
             timestamp_us=torch.from_numpy(shown.timestamp_us[request].astype(np.int64)),
             num_known=torch.from_numpy(known),
             candidate=padded(shown.item, np.int64),

@@ -133,6 +133,7 @@ def with_candidates(requests: Requests, rows: torch.Tensor, items: torch.Tensor)
     return Requests(
         summary=requests.summary[rows],
         recent=requests.recent[rows],
+        recent_item=requests.recent_item[rows],
         recent_us=requests.recent_us[rows],
         timestamp_us=requests.timestamp_us[rows],
         num_known=requests.num_known[rows],

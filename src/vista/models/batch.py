@@ -25,6 +25,7 @@ class Requests(TensorGroup):
 
     summary       (Q,) int64: the row of the summary tokens to read
     recent        (Q, R) int64: rows of the event vectors, newest last; -1 pads
+    recent_item   (Q, R) int64: their item indices; 0 pads
     recent_us     (Q, R) int64: their timestamps
     timestamp_us  (Q,) int64
     num_known     (Q,) int64: events of the user before the request
@@ -35,6 +36,7 @@ class Requests(TensorGroup):
 
     summary: Tensor
     recent: Tensor
+    recent_item: Tensor
     recent_us: Tensor
     timestamp_us: Tensor
     num_known: Tensor

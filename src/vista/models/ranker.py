@@ -26,6 +26,7 @@ from vista.models.layers import GatedUnit, aligned, norm, split_heads
 from vista.schema import ContextColumn
 
 POSITION_BUCKETS = 24  # floor(log2(1 + place from the newest)): enough for R of 16 million
+SAME_ITEM_LOGIT = 2.0  # added where a recent event is of the candidate's own item: exact where embeddings are not yet
 LOGIT_SCALE = 2.0  # of a fresh attention head: an equal item stands out of some hundred others
 
 
@@ -39,6 +40,7 @@ class TargetAttention(nn.Module):
         self.log_scale = nn.Parameter(torch.full((config.num_heads,), math.log(LOGIT_SCALE)))
         self.age_bias = nn.Embedding(GAP_BUCKETS, config.num_heads)
         self.position_bias = nn.Embedding(POSITION_BUCKETS, config.num_heads)
+        self.same_item = nn.Parameter(torch.full((config.num_heads,), SAME_ITEM_LOGIT))
         nn.init.zeros_(self.age_bias.weight)
         nn.init.zeros_(self.position_bias.weight)
         self.mass = nn.Linear(2 * config.num_heads, config.width, bias=False)
@@ -52,7 +54,7 @@ class TargetAttention(nn.Module):
         return split_heads(self.key(h), self.num_heads), split_heads(self.value(h), self.num_heads)
 
     def forward(self, x: Tensor, tokens: tuple[Tensor, Tensor], recent: tuple[Tensor, Tensor], bias: Tensor) -> Tensor:
-        """x (Q, C, D); keys and values of tokens (Q, H, K, E) and recent events (Q, H, R, E); bias (Q, H, 1, R)."""
+        """x (Q, C, D); keys and values of tokens (Q, H, K, E) and recent events (Q, H, R, E); bias (Q, H, C, R)."""
         h = norm(x)
         q, k_self, v_self = (split_heads(p(h), self.num_heads) for p in (self.query, self.key, self.value))
         q = q * (self.log_scale.exp() * q.shape[-1] ** -0.5)[:, None, None].to(q.dtype)
@@ -109,9 +111,10 @@ class Ranker(nn.Module):
         index, is_absent = requests.recent.clamp(min=0), requests.recent < 0
         age_us = (requests.timestamp_us[:, None] - requests.recent_us).clamp(min=0)
         age = gap_bucket(age_us)
+        same = (requests.candidate[:, None, :, None] == requests.recent_item[:, None, None, :]).float()
         x = candidate_x + self.target
         for block, tokens, recent in zip(self._blocks, cache.tokens, cache.recent, strict=True):
-            bias = self._bias(block, age, is_absent)
+            bias = self._bias(block, age, is_absent) + same * block.same_item[:, None, None]
             k, v = (_gather(rows, index) for rows in recent)
             x = block(x, tuple(t[requests.summary] for t in tokens), (k, v), bias)
         context = self.context(requests.context)

@@ -126,6 +126,7 @@ class SequenceModel(nn.Module):
         requests = Requests(
             summary=torch.arange(num_users, device=candidate.device),
             recent=torch.where(recent.item > 0, rows, -1),
+            recent_item=recent.item,
             recent_us=recent.timestamp_us,
             timestamp_us=timestamp_us,
             num_known=num_known,

@@ -31,7 +31,7 @@ WORLD, WORLD_OPTIONS = "lifelong", WorldOptions(requests=128)
 SIZE = "tiny"
 SETTINGS: dict[str, Any] = {"model.num_seeds": 64, "train.max_epochs": 1000, "train.validate_every_steps": 200}
 # Steps and seconds of training at most; on two quiet cores the steps end first, and the demo stays below five minutes.
-BUDGETS = {"vista": (1000, 150), "recent": (600, 30), "counts": (600, 20)}
+BUDGETS = {"vista": (1600, 200), "recent": (600, 30), "counts": (600, 20)}
 MAX_CANDIDATES_SHOWN = 6
 US_PER_S = 1_000_000
 

@@ -1,4 +1,4 @@
-"""The training loop: one readable pass, resumable to the bit.
+"""The training loop: one readable pass, resumable to the bit (on one machine, with one number of threads).
 
 Two optimizers: AdamW for dense weights, a sparse Adam for the item rows (only the rows a step touched move). The
 learning rates warm up linearly and fall as a cosine to the last step, or to the end of the time budget if that comes

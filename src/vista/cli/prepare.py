@@ -58,6 +58,9 @@ def prepare(
     validation_from: Annotated[str | None, typer.Option(help="Where validation begins, instead of a share.")] = None,
     test_from: Annotated[str | None, typer.Option(help="Where test begins, instead of a share.")] = None,
     unknown_buckets: Annotated[int, typer.Option(help="Item indices for ids the catalogue does not hold.")] = 64,
+    catalogue: Annotated[
+        str | None, typer.Option(help="Run or data folder whose items and actions are meant; default: a new catalogue.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the negatives.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
 ) -> None:
@@ -78,7 +81,7 @@ def prepare(
         keep_duplicates=keep_duplicates, popularity_negatives=popularity_negatives,
         category_negatives=category_negatives, max_requests=max_requests, validation_fraction=validation_fraction,
         test_fraction=test_fraction, validation_from=validation_from, test_from=test_from,
-        unknown_buckets=unknown_buckets, seed=seed,
+        unknown_buckets=unknown_buckets, catalogue=catalogue, seed=seed,
     )  # fmt: skip
     manifest = run_prepare(options, out)
     if as_json:

@@ -14,15 +14,16 @@ Shape letters: U users, V items, N events, M impressions.
 
 from __future__ import annotations
 
+import json
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
 
-from vista.catalogue import DEFAULT_UNKNOWN_BUCKETS, hash_ids
+from vista.catalogue import DEFAULT_UNKNOWN_BUCKETS, Catalogue, hash_ids
 from vista.data.arrays import ArrayWriter, checksums, reporting_full_disk, save_array
 from vista.data.events import EventColumns, EventLog, TimeRules, format_us
 from vista.data.given import ImpressionTable
@@ -57,6 +58,8 @@ class PrepareOptions:
     validation_fraction, test_fraction    shares of the requests, by time ...
     validation_from, test_from    ... or the first moments of these splits
     unknown_buckets               item indices for ids the catalogue does not hold
+    catalogue                     a run or prepared data whose item and action indices are to be used, so that a model
+                                  trained before can read this log; None: a new catalogue
     """
 
     events: str
@@ -87,6 +90,7 @@ class PrepareOptions:
     validation_from: str | None = None
     test_from: str | None = None
     unknown_buckets: int = DEFAULT_UNKNOWN_BUCKETS
+    catalogue: str | None = None
     seed: int = 0
     events_per_partition: int = EVENTS_PER_PARTITION
 
@@ -137,6 +141,9 @@ def prepare(options: PrepareOptions, out: Path) -> Manifest:
     log = EventLog.open(options.events, options.columns, options.time_rules)
     tables = _Tables.read(options, log)
     survey = log.survey()
+    known = None if options.catalogue is None else KnownIndices.load(Path(options.catalogue))
+    if known is not None:
+        survey = replace(survey, actions=known.actions)
     vocabulary = Vocabulary.union(
         [survey.users["user_id"], *([] if tables.shown is None else [tables.shown.user_id])],
         [survey.items["item_id"], *([] if tables.items is None else [tables.items.ids]),
@@ -151,10 +158,27 @@ def prepare(options: PrepareOptions, out: Path) -> Manifest:
                 f"{options.events}: no event is left after the rules ({sorted_log.cuts}); relax --min-user-events or "
                 "--max-burst"
             )
-        manifest = _write(folder, _Inputs(options, log, tables, vocabulary, sorted_log, survey.actions))
+        manifest = _write(folder, _Inputs(options, log, tables, vocabulary, sorted_log, survey.actions, known))
         shutil.rmtree(places.scratch)
         manifest.save(folder)
     return manifest
+
+
+@dataclass(frozen=True)
+class KnownIndices:
+    """What items and actions are called in an earlier run or data folder."""
+
+    catalogue: Catalogue
+    actions: tuple[Any, ...]
+
+    @classmethod
+    def load(cls, folder: Path) -> KnownIndices:
+        """From a run or a prepared data folder. Raises ConfigError for anything else."""
+        for name in ("schema.json", "manifest.json"):
+            if (folder / name).is_file():
+                actions = json.loads((folder / name).read_text())["actions"]
+                return cls(Catalogue.load(folder / "catalogue.safetensors"), tuple(actions))
+        raise ConfigError(f"--catalogue {folder}: neither a run (schema.json) nor prepared data (manifest.json)")
 
 
 @dataclass(frozen=True)
@@ -186,6 +210,7 @@ class _Inputs:
     vocabulary: Vocabulary
     sorted_log: SortedLog
     actions: tuple[Any, ...]
+    known: KnownIndices | None = None
 
     @property
     def num_items(self) -> int:
@@ -199,16 +224,13 @@ def _write(folder: Path, inputs: _Inputs) -> Manifest:
     requests, skipped = _requests(inputs, category)
     times = SplitTimes.choose(requests.timestamp_us, _split_rules(inputs))
     split = times.of(requests.timestamp_us)
-    if not (split == SPLITS.index("train")).any():
+    if inputs.known is None and not (split == SPLITS.index("train")).any():
         raise DataError(
             f"{inputs.options.events}: no training request: all {requests.num_requests} are at or after "
             f"{format_us(times.validation_from_us)}, where validation begins; give a later --validation-from"
         )
     user_index, user_ids = _kept_users(inputs, requests)
-    catalogue, item_index = build_catalogue(
-        inputs.vocabulary.items, inputs.sorted_log.item_counts(inputs.num_items, times.validation_from_us),
-        _known_in_training(inputs, requests, times), features, inputs.options.unknown_buckets,
-    )  # fmt: skip
+    catalogue, item_index = _catalogue(inputs, requests, times, features)
     _write_items(folder / "events", inputs.sorted_log, item_index)
     lengths = inputs.sorted_log.lengths[user_index >= 0]
     save_array(folder / "events" / "offsets.npy", np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
@@ -287,6 +309,17 @@ def _kept_users(inputs: _Inputs, requests: RequestTable) -> tuple[np.ndarray, pl
     stays[requests.user] = True
     index = np.where(stays, np.cumsum(stays) - 1, -1)
     return index, inputs.vocabulary.users.filter(pl.Series(stays))
+
+
+def _catalogue(
+    inputs: _Inputs, requests: RequestTable, times: SplitTimes, features: ItemFeatures
+) -> tuple[Catalogue, np.ndarray]:
+    """The catalogue, known or new, and the item index of each item code, (V,) int32."""
+    if inputs.known is not None:
+        return inputs.known.catalogue, inputs.known.catalogue.encode(_numpy_ids(inputs.vocabulary.items))
+    counts = inputs.sorted_log.item_counts(inputs.num_items, times.validation_from_us)
+    is_own = _known_in_training(inputs, requests, times)
+    return build_catalogue(inputs.vocabulary.items, counts, is_own, features, inputs.options.unknown_buckets)
 
 
 def _known_in_training(inputs: _Inputs, requests: RequestTable, times: SplitTimes) -> np.ndarray:

@@ -1,0 +1,154 @@
+"""Longer than trained: a model trained on histories of one length, evaluated on histories of other lengths.
+
+    python bench/length.py [--train-events 2000] [--lengths 2000 8000 32000 128000] [--seeds 0 1 2] [--out FOLDER]
+
+The world is *needle*: a few likes of rare categories anywhere in the history decide, all else is views, and the best
+possible score does not depend on the length. Every length has the same number of likes and the same users' seeds, and
+is prepared with the catalogue of the run, as a service does with the events of a new day. A like is asked about at
+least MIN_AGE events later, so that the recent events never give the answer.
+
+Prints NE and AUC of the test split at each length (mean and standard error over seeds), for each memory, and draws
+them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vista.checkpoint import Run, load_run
+from vista.config import resolve
+from vista.data.histories import PreparedData
+from vista.data.prepare import PrepareOptions, prepare
+from vista.data.worlds import WorldOptions, write_world
+from vista.evaluation.evaluate import evaluate
+from vista.training.loop import train
+
+TASK = "click"
+MIN_AGE = 256  # events from a like to its request: more than any model here is given as recent events
+CATEGORIES, RARE = 40, 16
+TEST_SHARE = 0.2
+
+
+def make_data(
+    folder: Path, events: int, users: int, requests: int, run: Run | None = None
+) -> tuple[PreparedData, float]:
+    """The world at one length, prepared for ``run`` or anew, and its best possible NE."""
+    settings = {"likes": 6, "min_age": MIN_AGE, "rare_categories": RARE}
+    sizes = {"users": users, "events": events, "items": 400, "categories": CATEGORIES, "requests": requests}
+    described = write_world("needle", folder / "world", WorldOptions(**sizes, settings=settings))
+    tables = {name: str(folder / "world" / f"{name}.parquet") for name in ("events", "items", "impressions")}
+    options = PrepareOptions(
+        tables["events"], tables["items"], tables["impressions"], test_fraction=TEST_SHARE,
+        catalogue=None if run is None else str(run.folder),
+    )  # fmt: skip
+    prepare(options, folder / "data")
+    return PreparedData.open(folder / "data"), described["tasks"][TASK]["best"]["ne"]
+
+
+def measure(arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+    """One row per memory, seed and length."""
+    trained_on, _ = make_data(folder / "train", arguments.train_events, arguments.train_users, arguments.requests)
+    rows = []
+    prepared: dict[int, tuple[PreparedData, float]] = {}
+    for memory in arguments.memories:
+        for seed in arguments.seeds:
+            config = resolve("tiny", overrides=overrides(memory, seed, arguments))
+            run = load_run(train(trained_on, folder / f"{memory}-{seed}", config))
+            for length in arguments.lengths:
+                if length not in prepared:
+                    prepared[length] = make_data(folder / str(length), length, arguments.users, arguments.requests, run)
+                data, best_ne = prepared[length]
+                metrics = evaluate(run, data).metrics[TASK]
+                rows.append({"memory": memory, "seed": seed, "events": length, "best_ne": best_ne,
+                             "ne": metrics["ne"], "auc": metrics["auc"]})  # fmt: skip
+                print(f"{memory:>6} seed {seed} {length:>8,} events: NE {metrics['ne']:.4f} (best {best_ne:.4f}), "
+                      f"AUC {metrics['auc']:.4f}", flush=True)  # fmt: skip
+    return rows
+
+
+def overrides(memory: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    given = dict(pair.split("=", 1) for pair in arguments.set)
+    return {"model.memory": memory, "train.seed": seed, "train.max_steps": arguments.steps, "train.max_epochs": 1000,
+            "train.validate_every_steps": 200, "train.patience": 100} | given  # fmt: skip
+
+
+def spread(values: list[float]) -> tuple[float, float]:
+    """Mean and standard error."""
+    return statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+
+
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """Markdown lines: one row per length, NE and AUC of each memory."""
+    memories = list(dict.fromkeys(row["memory"] for row in rows))
+    lines = ["| events | best NE | " + " | ".join(f"{m}: NE | {m}: AUC" for m in memories) + " |",
+             "|---" * (2 + 2 * len(memories)) + "|"]  # fmt: skip
+    for length in dict.fromkeys(row["events"] for row in rows):
+        cells = []
+        for memory in memories:
+            mine = [row for row in rows if row["memory"] == memory and row["events"] == length]
+            for metric in ("ne", "auc"):
+                mean, error = spread([row[metric] for row in mine])
+                cells.append(f"{mean:.4f} ± {error:.4f}")
+        best = next(row["best_ne"] for row in rows if row["events"] == length)
+        lines.append(f"| {length:,} | {best:.4f} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def draw(rows: list[dict[str, Any]], train_events: int, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    lengths = list(dict.fromkeys(row["events"] for row in rows))
+    for memory in dict.fromkeys(row["memory"] for row in rows):
+        points = [spread([r["ne"] for r in rows if r["memory"] == memory and r["events"] == n]) for n in lengths]
+        axes.errorbar(
+            lengths, [p[0] for p in points], [p[1] for p in points], fmt="o-", capsize=3, label=f"memory {memory}"
+        )
+    best = [next(r["best_ne"] for r in rows if r["events"] == n) for n in lengths]
+    axes.plot(lengths, best, "k--", label="best possible")
+    axes.axvline(train_events, color="gray", linestyle=":", label="trained at")
+    axes.set(xscale="log", xlabel="events in the history", ylabel="NE (1 = knows nothing)")
+    axes.set_title("Longer than trained")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--train-events", type=int, default=2_000)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[2_000, 8_000])
+    parser.add_argument("--users", type=int, default=60, help="at each length that is evaluated")
+    parser.add_argument("--train-users", type=int, default=400)
+    parser.add_argument("--requests", type=int, default=60, help="of each user")
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--memories", nargs="+", default=["slots"])
+    parser.add_argument("--set", nargs="*", default=[], help="other settings, as in model.num_seeds=64")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, help="folder for length.json and length.png")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        rows = measure(arguments, Path(folder))
+    print("\n" + "\n".join(table(rows)))
+    if arguments.out is not None:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        (arguments.out / "length.json").write_text(
+            json.dumps({"settings": {**vars(arguments), "out": None}, "rows": rows}, indent=2)
+        )
+        draw(rows, arguments.train_events, arguments.out / "length.png")
+
+
+if __name__ == "__main__":
+    main()

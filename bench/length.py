@@ -2,10 +2,9 @@
 
     python bench/length.py [--train-events 2000] [--lengths 2000 8000 32000 128000] [--seeds 0 1 2] [--out FOLDER]
 
-The world is *needle*: a few likes of rare categories anywhere in the history decide, all else is views, and the best
-possible score does not depend on the length. Every length has the same number of likes and the same users' seeds, and
-is prepared with the catalogue of the run, as a service does with the events of a new day. A like is asked about at
-least MIN_AGE events later, so that the recent events never give the answer.
+The default world is *membership*: each user touches a few items again and again, and a click says "touched before", so
+the answer does not depend on the length of the history. Every length has the same number of users and requests, and is
+prepared with the catalogue of the run, as a service does with the events of a new day.
 
 Prints NE and AUC of the test split at each length (mean and standard error over seeds), for each memory, and draws
 them.
@@ -31,30 +30,27 @@ from vista.evaluation.evaluate import evaluate
 from vista.training.loop import train
 
 TASK = "click"
-MIN_AGE = 256  # events from a like to its request: more than any model here is given as recent events
-CATEGORIES, RARE = 40, 16
 TEST_SHARE = 0.2
 
 
-def make_data(
-    folder: Path, events: int, users: int, requests: int, run: Run | None = None
-) -> tuple[PreparedData, float]:
+def make_data(folder: Path, events: int, arguments: argparse.Namespace, run: Run | None) -> tuple[PreparedData, float]:
     """The world at one length, prepared for ``run`` or anew, and its best possible NE."""
-    settings = {"likes": 6, "min_age": MIN_AGE, "rare_categories": RARE}
-    sizes = {"users": users, "events": events, "items": 400, "categories": CATEGORIES, "requests": requests}
-    described = write_world("needle", folder / "world", WorldOptions(**sizes, settings=settings))
+    users = arguments.train_users if run is None else arguments.users
+    settings = dict(pair.split("=", 1) for pair in arguments.world_set)
+    options = WorldOptions(users=users, events=events, requests=arguments.requests, settings=settings)
+    described = write_world(arguments.world, folder / "world", options)
     tables = {name: str(folder / "world" / f"{name}.parquet") for name in ("events", "items", "impressions")}
-    options = PrepareOptions(
+    rules = PrepareOptions(
         tables["events"], tables["items"], tables["impressions"], test_fraction=TEST_SHARE,
         catalogue=None if run is None else str(run.folder),
     )  # fmt: skip
-    prepare(options, folder / "data")
+    prepare(rules, folder / "data")
     return PreparedData.open(folder / "data"), described["tasks"][TASK]["best"]["ne"]
 
 
 def measure(arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     """One row per memory, seed and length."""
-    trained_on, _ = make_data(folder / "train", arguments.train_events, arguments.train_users, arguments.requests)
+    trained_on, _ = make_data(folder / "train", arguments.train_events, arguments, None)
     rows = []
     prepared: dict[int, tuple[PreparedData, float]] = {}
     for memory in arguments.memories:
@@ -63,7 +59,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]
             run = load_run(train(trained_on, folder / f"{memory}-{seed}", config))
             for length in arguments.lengths:
                 if length not in prepared:
-                    prepared[length] = make_data(folder / str(length), length, arguments.users, arguments.requests, run)
+                    prepared[length] = make_data(folder / str(length), length, arguments, run)
                 data, best_ne = prepared[length]
                 metrics = evaluate(run, data).metrics[TASK]
                 rows.append({"memory": memory, "seed": seed, "events": length, "best_ne": best_ne,
@@ -126,6 +122,8 @@ def draw(rows: list[dict[str, Any]], train_events: int, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--world", default="membership")
+    parser.add_argument("--world-set", nargs="*", default=[], help="settings of the world, as in touched=24")
     parser.add_argument("--train-events", type=int, default=2_000)
     parser.add_argument("--lengths", type=int, nargs="+", default=[2_000, 8_000])
     parser.add_argument("--users", type=int, default=60, help="at each length that is evaluated")

@@ -66,8 +66,8 @@ def prepare(
 ) -> None:
     """Prepare an event log: histories, requests, catalogue, split by time.
 
-    Columns are `user_id`, `item_id`, `timestamp` and, where there is one, `action`; ids are integers or strings. Nothing is
-    left behind when it fails. docs/data.md says what is done with bursts, duplicates, late and absurd times.
+    Columns are `user_id`, `item_id`, `timestamp` and, where there is one, `action`; ids are integers or strings.
+    Nothing is left behind when it fails. docs/data.md says what is done with bursts, duplicates and absurd times.
     """
     from vista.data.prepare import PrepareOptions, summary_lines
     from vista.data.prepare import prepare as run_prepare

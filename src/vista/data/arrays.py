@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -57,17 +57,8 @@ class ArrayWriter:
         if kind is None:
             self.close()
         else:  # what is there is of no use, and on a full disk writing on would fail again
-            with suppressing_os_errors():
+            with suppress(OSError):
                 self._file.close()
-
-
-@contextmanager
-def suppressing_os_errors() -> Iterator[None]:
-    """Let an OSError pass, where a first one is already on its way up."""
-    try:
-        yield
-    except OSError:
-        pass
 
 
 def save_array(path: Path, array: np.ndarray) -> None:

@@ -22,8 +22,8 @@ from vista.data.tables import Table, find_files, id_kind, unreadable
 from vista.errors import ConfigError, DataError
 
 UNITS_US = {"s": 1_000_000, "ms": 1_000, "us": 1}  # microseconds in a unit; "ns" is the one below a microsecond
-# Epoch times of one instant differ by 1000 from unit to unit. Seconds reach this bound in the year 5138, and milliseconds
-# pass it in 1973, before any event log: no time of an actual log is ambiguous.
+# Epoch times of one instant differ by 1000 from unit to unit. Seconds reach this bound in the year 5138, and
+# milliseconds pass it in 1973, before any event log: no time of an actual log is ambiguous.
 LARGEST_SECONDS = 10**11
 EARLIEST = "1990-01-01"  # no event log is older; what looks older is a wrong column or unit
 LATEST_YEARS_AHEAD = 10  # clocks may be wrong and events planned, but not by that much
@@ -46,8 +46,8 @@ class EventColumns:
 class TimeRules:
     """How timestamps are to be understood. unit: s, ms, us, ns or None to infer it from their magnitude.
 
-    earliest, latest: times outside are refused; dates, or epoch numbers in the unit of the table. latest None: ten years
-    from now.
+    earliest, latest: times outside are refused; dates, or epoch numbers in the unit of the table. latest None: ten
+    years from now.
     """
 
     unit: str | None = None
@@ -87,8 +87,10 @@ class Clock:
         return number // 1000 if self.unit == "ns" else number
 
     def parse_us(self, text: str | int | float, option: str) -> int:
-        """A time given on the command line, in microseconds: a date or date and time (UTC unless it says otherwise), or a
-        number in the unit of the table. Raises ConfigError. """  # fmt: skip
+        """A time given on the command line, in microseconds. Raises ConfigError.
+
+        text: a date or date and time (UTC unless it says otherwise), or a number in the unit of the table.
+        """
         try:
             number = float(text)
         except ValueError:
@@ -142,8 +144,8 @@ def open_clock(tables: Sequence[Table], column: str, rules: TimeRules) -> Clock:
                 row, (text, tick) = found
                 raise DataError(
                     f"{table.path}, row {row}, column {column!r}: {text} is {format_us(tick * clock.tick_us)} "
-                    f"({clock.statement}), outside {format_us(low_us)} .. {format_us(high_us)}. If the unit is wrong, give "
-                    "--time-unit; if such times are right, --earliest or --latest; else remove the row"
+                    f"({clock.statement}), outside {format_us(low_us)} .. {format_us(high_us)}. If the unit is wrong, "
+                    "give --time-unit; if such times are right, --earliest or --latest; else remove the row"
                 )
     return clock
 
@@ -275,8 +277,8 @@ class EventLog:
         actions = rest[0]["action"].drop_nulls().sort().to_list() if rest else []
         if len(actions) > 2**15 - 1:
             raise DataError(
-                f"column {self.columns.action or 'action'!r} has {len(actions)} different values; an action is a kind of "
-                "event, of which there are at most 32767: name another column with --action-column"
+                f"column {self.columns.action or 'action'!r} has {len(actions)} different values; an action is a "
+                "kind of event, of which there are at most 32767: name another column with --action-column"
             )
         return Survey(users.sort("user_id"), items.sort("item_id"), tuple(actions), int(users["num_events"].sum()))
 
@@ -308,9 +310,8 @@ def _reread_ids_as_text(tables: list[Table], columns: EventColumns) -> list[Tabl
     """CSV files say nothing of types: where an id column is text in one file or later in a file, it is text in all."""
     as_text = []
     for column in (columns.user, columns.item):
-        types = [table.schema[column] for table in tables]
-        is_text = any(dtype == pl.String for dtype in types) or any(table.unreadable_cell([column]) for table in tables)
-        if is_text:
+        is_text = any(table.schema[column] == pl.String for table in tables)
+        if is_text or any(table.unreadable_cell([column]) for table in tables):
             as_text.append(column)
     if not as_text:
         return tables

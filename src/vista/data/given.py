@@ -1,8 +1,8 @@
 """The impressions table: what was shown to whom and what came of it, as the log of a service has it.
 
-One row per shown candidate: user, item, timestamp, one 0/1 column per task, and context columns where they are named. The
-rows of one user at one time are one request. A column ``best_score`` (or ``best_score_TASK`` for each task) holds the true
-probabilities, which only synthetic worlds know. The table must fit in memory, at some 60 bytes per row.
+One row per shown candidate: user, item, timestamp, one 0/1 column per task, and context columns where they are named.
+The rows of one user at one time are one request. A column ``best_score`` (or ``best_score_TASK`` for each task) holds
+the true probabilities, which only synthetic worlds know. The table must fit in memory, at some 60 bytes per row.
 
 Shape letters: R requests, M impressions, T tasks, X context columns.
 """
@@ -54,8 +54,8 @@ class ImpressionTable:
         """Read the table; its id and time columns are named as in the event log.
 
         tasks: names of the 0/1 columns; default: every column that holds nothing but 0 and 1 and is not context.
-        Raises MissingColumn, and DataError naming file and row of a label that is not 0 or 1, of a context number that is
-        infinite, and of ids and times as for the event log.
+        Raises MissingColumn, and DataError naming file and row of a label that is not 0 or 1, of a context number that
+        is infinite, and of ids and times as for the event log.
         """
         tables, frame = read_table(path, "impressions")
         names = log.columns

@@ -46,7 +46,7 @@ class MadeRules:
 
 @dataclass(frozen=True)
 class Bursts:
-    """Requests to be, sorted by place of their first event. All (R,); first, end: the burst's events in the whole log."""
+    """Requests to be, sorted by place of their first event, all (R,). first, end: the burst's events in the log."""
 
     user: np.ndarray
     timestamp_us: np.ndarray
@@ -78,7 +78,7 @@ def make_requests(
 ) -> tuple[RequestTable, Skipped]:
     """Requests and their candidates from the histories.
 
-    user_hash: (U,) uint64 hash of each user's id. category: (V,) int32 per item, 0 = unknown, or None for no categories.
+    user_hash: (U,) uint64 hash of each user's id. category: (V,) int32 per item, 0 = unknown, or None: no categories.
     """
     skipped = Skipped()
     bursts = find_bursts(log, user_hash, num_items, rules, skipped)

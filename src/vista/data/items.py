@@ -17,9 +17,8 @@ from vista.catalogue import Catalogue
 from vista.data.tables import Table, place_of, read_table
 from vista.errors import ConfigError, DataError, nearest
 
-MAX_IDENTIFIER_SHARE = (
-    0.5  # a column with more different values than this share of its rows names items, not kinds of them
-)
+# A column with more different values than this share of its rows names items, not kinds of them
+MAX_IDENTIFIER_SHARE = 0.5
 MIN_IDENTIFIER_VALUES = 100  # in a small table many values may still be kinds
 
 
@@ -36,8 +35,8 @@ class ItemTable:
     def read(cls, path: Path | str, id_column: str, id_type: pl.DataType, features: Sequence[str] = ()) -> ItemTable:
         """Read the table. features: only these columns; default: every column that can be one.
 
-        Raises MissingColumn, and DataError for ids that are null, repeated or of another type than in the event log, for
-        vectors of different widths and for numbers that are not finite.
+        Raises MissingColumn, and DataError for ids that are null, repeated or of another type than in the event log,
+        for vectors of different widths and for numbers that are not finite.
         """
         tables, frame = read_table(path, "items")
         options = {id_column: "--item-column", **dict.fromkeys(features, "--item-feature")}
@@ -56,7 +55,7 @@ class ItemTable:
 
     def _add(self, tables: Sequence[Table], column: pl.Series, is_named: bool) -> None:
         dtype = column.dtype
-        if isinstance(dtype, pl.List | pl.Array) and dtype.inner.is_numeric():  # type: ignore[attr-defined]
+        if isinstance(dtype, pl.List | pl.Array) and dtype.inner.is_numeric():
             self.vectors[column.name] = _vectors(tables, column)
         elif dtype.is_float():
             one_wide = column.cast(pl.Float32).to_frame().select(pl.concat_list(column.name)).to_series()
@@ -129,11 +128,9 @@ class ItemFeatures:
         for name, column in table.categories.items():
             values = column.drop_nulls().unique().sort()
             index = pl.DataFrame({"value": values, "code": np.arange(1, len(values) + 1, dtype=np.int32)})
-            row = (
-                column.to_frame("value").join(index, on="value", how="left", maintain_order="left")["code"].fill_null(0)
-            )
+            joined = column.to_frame("value").join(index, on="value", how="left", maintain_order="left")
             features.categories[name] = np.zeros(num_items, np.int32)
-            features.categories[name][codes] = row.to_numpy()
+            features.categories[name][codes] = joined["code"].fill_null(0).to_numpy()
             features.values[name] = tuple(values.to_list())
         for name, vectors in table.vectors.items():
             features.vectors[name] = np.zeros((num_items, vectors.shape[1]), np.float32)
@@ -153,8 +150,9 @@ def build_catalogue(
 ) -> tuple[Catalogue, np.ndarray]:
     """The catalogue, and the item index of each item code, (V,) int32.
 
-    ids: sorted; their place is the code. counts: (V,) events in training, which order the catalogue, most frequent first.
-    is_own: (V,) bool, whether the item has an embedding row of its own; the others take that of their unknown bucket.
+    ids: sorted; their place is the code. counts: (V,) events in training, which order the catalogue, most frequent
+    first. is_own: (V,) bool, whether the item has an embedding row of its own; the others take that of their unknown
+    bucket.
     """
     order = np.argsort(-counts, kind="stable")
     first = 1 + num_unknown_buckets

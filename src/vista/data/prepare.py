@@ -6,8 +6,8 @@
 4. split the requests by time; order the catalogue by frequency in training      (`vista.data.split`, `.items`)
 5. write the arrays with item indices, the requests, the catalogue, and last the manifest with all checksums
 
-Nothing at or after a request's time reaches what it is scored with: its history ends before it, its negatives are drawn from
-what happened before it, and the catalogue knows of counts and embedding rows only what the training period knows.
+Nothing at or after a request's time reaches what it is scored with: its history ends before it, its negatives are drawn
+from what happened before it, and the catalogue knows of counts and embedding rows only what the training period knows.
 
 Shape letters: U users, V items, N events, M impressions.
 """
@@ -41,7 +41,7 @@ EVENTS_PER_PARTITION = 5_000_000  # sorted in memory at a time: 0.5 GB
 
 @dataclass(frozen=True)
 class PrepareOptions:
-    """Where the tables are, what their columns are called, and which rules hold. Each is an option of ``vista prepare``.
+    """Where the tables are, what their columns are called, and which rules hold: the options of ``vista prepare``.
 
     events, items, impressions    a Parquet or CSV file, a folder of them, or a glob
     user_column ... event_id_column    names in the event log; the first three hold for the other tables too
@@ -133,8 +133,8 @@ def _option(name: str) -> str:
 def prepare(options: PrepareOptions, out: Path) -> Manifest:
     """Prepare an event log as ``out``, which appears only when it is complete.
 
-    Raises DataError and its kinds for what is wrong with the tables, ConfigError for what is wrong with the options, and
-    StaleOutput when ``out`` is there and not an empty folder.
+    Raises DataError and its kinds for what is wrong with the tables, ConfigError for what is wrong with the options,
+    and StaleOutput when ``out`` is there and not an empty folder.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise StaleOutput(f"{out} is there already: remove it, or choose another --out")
@@ -194,9 +194,7 @@ class _Tables:
         if options.items is not None:
             items = ItemTable.read(options.items, options.item_column, log.item_type, options.item_features)
         if options.impressions is not None:
-            shown = ImpressionTable.read(
-                options.impressions, log, options.time_rules, options.tasks, options.context
-            )  # fmt: skip
+            shown = ImpressionTable.read(options.impressions, log, options.time_rules, options.tasks, options.context)
         return cls(items, shown)
 
 
@@ -280,8 +278,8 @@ def _requests(inputs: _Inputs, category: np.ndarray | None) -> tuple[RequestTabl
     requests, skipped = make_requests(inputs.sorted_log, user_hash, category, inputs.num_items, rules)
     if not requests.num_requests:
         raise DataError(
-            f"{options.events}: no request could be made from {inputs.sorted_log.num_events} events ({skipped}); a request "
-            "needs a next event whose item somebody had met before, and another item to compare it with"
+            f"{options.events}: no request could be made from {inputs.sorted_log.num_events} events ({skipped}); a "
+            "request needs a next event whose item somebody had met before, and another item to compare it with"
         )
     return requests, skipped
 
@@ -397,9 +395,10 @@ def verify(folder: Path) -> Manifest:
 def summary_lines(manifest: Manifest) -> list[str]:
     """What ``vista prepare`` says of the result."""
     have, options = manifest.statistics, manifest.options
+    period = f"{format_us(have['first_timestamp_us'])} to {format_us(have['last_timestamp_us'])}"
     lines = [
         f"{have['num_events']:,} events of {have['num_users']:,} users, {have['num_items']:,} items, "
-        f"{len(manifest.actions)} actions; {format_us(have['first_timestamp_us'])} to {format_us(have['last_timestamp_us'])}",
+        f"{len(manifest.actions)} actions; {period}",
         f"timestamps: {options['timestamps']}",
         f"history length: mean {have['mean_history']:,.0f}, median {have['median_history']:,.0f}, "
         f"longest {have['longest_history']:,}",

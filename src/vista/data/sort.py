@@ -1,7 +1,7 @@
 """Event log -> histories, out of core: partition by user, sort each partition in memory, tidy it, append it.
 
-Users and items are *codes* here: places in the sorted lists of ids. What prepared data calls an item index is known only
-once the split is, see ``vista.data.prepare``.
+Users and items are *codes* here: places in the sorted lists of ids. What prepared data calls an item index is known
+only once the split is, see ``vista.data.prepare``.
 
 Shape letters: U users, V items, N events.
 """

@@ -33,7 +33,8 @@ def find_files(source: Path | str, what: str) -> list[Path]:
         files = sorted(Path(name) for name in glob.glob(str(source), recursive=True))
     if not files:
         raise DataError(
-            f"{source}: no {what} there; give a Parquet or CSV file, a folder of them, or a quoted glob ('logs/*.parquet')"
+            f"{source}: no {what} there; give a Parquet or CSV file, a folder of them, or a quoted glob "
+            "('logs/*.parquet')"
         )
     for file in files:
         if table_kind(file) is None:
@@ -158,7 +159,7 @@ def _quoted(value: Any) -> str:
 
 
 @contextmanager
-def readable(path: Path) -> Iterator[None]:
+def readable(path: Path | str) -> Iterator[None]:
     """Turn an error of the reader into a DataError that names the file."""
     try:
         yield

@@ -3,8 +3,8 @@
     python bench/summarize.py [--users 200] [--events 10000] [--size small] [--out FOLDER]
 
 Writes random histories, trains a model for a few steps (its quality does not matter here), and runs `vista summarize`
-in processes of its own, one thread each: one is interrupted (Ctrl-C) about half-way, the next one goes on. Prints events
-and users per second, bytes per user in the store, how much work the interruption cost, and what a million users with
+in processes of its own, one thread each: one is interrupted (Ctrl-C) about half-way, the next one goes on. Prints
+events and users per second, bytes per user in the store, how much work the interruption cost, and what a million users with
 10,000 events each would take.
 """
 
@@ -123,7 +123,7 @@ def main() -> None:
     print(f"{platform.processor() or platform.machine()}, one thread, size {arguments.size}")
     print(f"{row['events_per_s']:,.0f} events/s, {row['users_per_s']:,.1f} users/s of {arguments.events:,} events each")
     print(f"{row['store_bytes_per_user']:,.0f} bytes per user in the store (tokens and state)")
-    print(f"interrupted with {row['kept_at_interruption']:,} users stored; then {row['summarized_after_it']:,} were left; "
+    print(f"interrupted with {row['kept_at_interruption']:,} users stored, {row['summarized_after_it']:,} left; "
           f"both together took {row['interrupted_to_whole']:.2f} times one whole run")  # fmt: skip
     print(f"{MANY_USERS:,} users with {MANY_EVENTS:,} events: {row['core_hours_for_many']:,.0f} core hours")
     if arguments.out is not None:

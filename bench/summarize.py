@@ -4,8 +4,8 @@
 
 Writes random histories, trains a model for a few steps (its quality does not matter here), and runs `vista summarize`
 in processes of its own, one thread each: one is interrupted (Ctrl-C) about half-way, the next one goes on. Prints
-events and users per second, bytes per user in the store, how much work the interruption cost, and what a million users with
-10,000 events each would take.
+events and users per second, bytes per user in the store, how much work the interruption cost, and what a million users
+with 10,000 events each would take.
 """
 
 from __future__ import annotations

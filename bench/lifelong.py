@@ -1,11 +1,12 @@
 """Constant memory, constant cost: reading a history of any length, and what one more event costs after it.
 
-    python bench/lifelong.py [--lengths 1000 10000 100000 1000000] [--repeats 5] [--size small] [--out FOLDER]
+    python bench/lifelong.py [--lengths 1000 10000 100000 1000000] [--repeats 200] [--size small] [--out FOLDER]
 
 For each length, in a process of its own (so that its peak memory is its own), with the history memory-mapped from disk:
 
 - read: events per second from the first event to the summary tokens, and the peak resident memory of the process;
-- new event: `extend` by one event and `read`, median over repeats. The open segment is half full at every length.
+- new event: `extend` by one event and `read`, median over repeats, the lengths in turn in one process. The open segment
+  is half full at every length.
 
 Beside it, in the same process: the same layer with softmax attention (torch's own, causal) and with HSTU's SiLU
 attention (blockwise), whose new event costs a pass over the history, as long as they finish within SLOWEST_S.
@@ -22,7 +23,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +42,7 @@ from vista.models.summarizer import Summarizer, UserState
 NUM_ITEMS = 20_000
 SLOWEST_S = 90.0  # a peer that took longer at one length is not tried at the next
 WARM_UP_SEGMENTS = 8  # read before the clock starts: the first calls of a process are slow
+PEERS, STATE = ("softmax", "hstu"), "state.pt"
 BLOCK = 256  # query rows of one block of HSTU's attention: the scores of a block fit the cache
 
 
@@ -62,7 +63,7 @@ def make_summarizer(size: str) -> Summarizer:
 
 
 @torch.no_grad()
-def measure_one(folder: Path, size: str, repeats: int, peers: list[str]) -> dict[str, float]:
+def measure_one(folder: Path, size: str, peers: list[str]) -> dict[str, float]:
     """In this process: everything about the one history in ``folder``."""
     torch.set_num_threads(1)
     model = make_summarizer(size)
@@ -79,9 +80,8 @@ def measure_one(folder: Path, size: str, repeats: int, peers: list[str]) -> dict
     state = read(model, cut)
     read_s = time.perf_counter() - started
     peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    one = Events.from_log(torch.tensor([100]), torch.tensor([1]), state.progress.last_us + 10**6, torch.tensor([0, 1]))
-    new_event_s = median_s(lambda: model.read(model.extend(state, one)), repeats * 20)
-    row = {"events": length, "read_s": read_s, "peak_bytes": peak_bytes, "new_event_s": new_event_s}
+    torch.save(state, folder / STATE)
+    row = {"events": length, "read_s": read_s, "peak_bytes": peak_bytes}
     forms = {"softmax": softmax_layer, "hstu": hstu_layer}
     for name in peers:
         started = time.perf_counter()
@@ -97,16 +97,6 @@ def read(model: Summarizer, log: Histories) -> UserState:
         state = model.extend(state, events)
     model.read(state)
     return state
-
-
-def median_s(call: Callable[[], object], repeats: int) -> float:
-    call()
-    times = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - started)
-    return statistics.median(times)
 
 
 def peer_inputs(model: Summarizer, log: Histories) -> tuple[Tensor, Tensor, Tensor]:
@@ -136,32 +126,54 @@ def hstu_layer(model: Summarizer, log: Histories) -> Tensor:
 
 
 def measure(lengths: list[int], size: str, repeats: int) -> list[dict[str, float]]:
-    rows, peers = [], ["softmax", "hstu"]
-    for length in lengths:
-        with tempfile.TemporaryDirectory() as folder:
-            write_log(Path(folder), length)
+    rows: list[dict[str, float]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for length in lengths:
+            place = Path(folder) / str(length)
+            place.mkdir()
+            write_log(place, length)
             # as far as can be told from the last length: attention grows with the square of it
             growth = (length / rows[-1]["events"]) ** 2 if rows else 0.0
-            able = [p for p in peers if not rows or rows[-1].get(f"{p}_s", SLOWEST_S) * growth < SLOWEST_S]
-            options = ["--size", size, "--repeats", str(repeats), "--peers", *able]
-            command = [sys.executable, __file__, "--one", folder, *options]
-            printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-            rows.append(json.loads(printed))
-            print(describe(rows[-1], rows), flush=True)
+            able = [p for p in PEERS if not rows or rows[-1].get(f"{p}_s", SLOWEST_S) * growth < SLOWEST_S]
+            command = [sys.executable, __file__, "--one", str(place), "--size", size, "--peers", *able]
+            rows.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+            print(describe_read(rows[-1]), flush=True)
+        states = [torch.load(Path(folder) / str(length) / STATE, weights_only=False) for length in lengths]
+    for row, seconds in zip(rows, new_event_s(make_summarizer(size), states, repeats), strict=True):
+        row["new_event_s"] = seconds
+        print(describe_new_event(row, rows[0]), flush=True)
     return rows
 
 
-def describe(row: dict[str, float], rows: list[dict[str, float]]) -> str:
-    peers = "  ".join(
-        f"{name} {row[f'{name}_s']:.3g} s ({row[f'{name}_s'] / row['new_event_s']:,.0f} x a new event)"
-        for name in ("softmax", "hstu")
-        if f"{name}_s" in row
-    )
+@torch.no_grad()
+def new_event_s(model: Summarizer, states: list[UserState], repeats: int) -> list[float]:
+    """Seconds of `extend` by one event and `read`, per state; in turn, so that a busy machine slows all alike."""
+    torch.set_num_threads(1)
+    times: list[list[float]] = [[] for _ in states]
+    for _ in range(repeats):
+        for state, mine in zip(states, times, strict=True):
+            time_us = state.progress.last_us + 10**6
+            one = Events.from_log(torch.tensor([100]), torch.tensor([1]), time_us, torch.tensor([0, 1]))
+            started = time.perf_counter()
+            model.read(model.extend(state, one))
+            mine.append(time.perf_counter() - started)
+    return [statistics.median(mine[len(mine) // 10 :]) for mine in times]  # without the first, which warm up
+
+
+def describe_read(row: dict[str, float]) -> str:
+    peers = "".join(f"  {name} {row[f'{name}_s']:.3g} s" for name in PEERS if f"{name}_s" in row)
     return (
-        f"{row['events']:>9,} events  read {row['events'] / row['read_s']:>9,.0f} events/s  peak "
-        f"{row['peak_bytes'] / 2**20:,.0f} MiB  new event {row['new_event_s'] * 1000:.2f} ms "
-        f"({row['new_event_s'] / rows[0]['new_event_s']:.2f} x that at {rows[0]['events']:,.0f}; recomputing "
-        f"{row['read_s'] / row['new_event_s']:,.0f} x)  {peers}"
+        f"{row['events']:>9,} events  read {row['read_s']:.3g} s ({row['events'] / row['read_s']:,.0f} events/s)  "
+        f"peak {row['peak_bytes'] / 2**20:,.0f} MiB{peers}"
+    )
+
+
+def describe_new_event(row: dict[str, float], first: dict[str, float]) -> str:
+    others = {"the whole history": "read_s", "softmax, one layer": "softmax_s", "HSTU, one layer": "hstu_s"}
+    costs = ", ".join(f"{what} {row[key] / row['new_event_s']:,.0f} x" for what, key in others.items() if key in row)
+    return (
+        f"{row['events']:>9,} events  new event {row['new_event_s'] * 1000:.2f} ms "
+        f"({row['new_event_s'] / first['new_event_s']:.2f} x that at {first['events']:,.0f}); beside it: {costs}"
     )
 
 
@@ -189,13 +201,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--lengths", type=int, nargs="+", default=[1_000, 10_000, 100_000, 1_000_000])
     parser.add_argument("--size", default="small")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=200, help="of a new event")
     parser.add_argument("--out", type=Path, help="folder for lifelong.json and lifelong.png")
     parser.add_argument("--one", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--peers", nargs="*", default=[], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
-        print(json.dumps(measure_one(arguments.one, arguments.size, arguments.repeats, arguments.peers)))
+        print(json.dumps(measure_one(arguments.one, arguments.size, arguments.peers)))
         return
     print(f"{platform.processor() or platform.machine()}, 1 thread, torch {torch.__version__}, size {arguments.size}")
     rows = measure(sorted(arguments.lengths), arguments.size, arguments.repeats)

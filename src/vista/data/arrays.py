@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -11,9 +10,8 @@ from types import TracebackType
 
 import numpy as np
 
+from vista.data.tables import is_full_disk
 from vista.errors import DataError
-
-FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
 
 class ArrayWriter:
@@ -129,10 +127,10 @@ def reporting_full_disk(folder: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        number = error.errno if isinstance(error, OSError) else None
-        if number in FULL_DISK or "No space left on device" in str(error):
+        if is_full_disk(error):
             raise DataError(
-                f"{folder}: the disk is full; nothing was kept. Prepared data needs about 20 bytes per event and as "
-                "much again while it is made: free some space or choose another --out"
+                f"{folder}: the disk is full, or a limit on the size of files is reached; nothing was kept. Prepared "
+                "data needs about 20 bytes per event and as much again while it is made: free some space or choose "
+                "another --out"
             ) from error
         raise

@@ -10,7 +10,8 @@ The one form is a lazy table with the columns
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any
 
 import polars as pl
 
-from vista.data.tables import Table, find_files, id_kind, unreadable
+from vista.data.tables import LARGEST_ID, Table, find_files, id_kind, is_full_disk, unreadable
 from vista.errors import ConfigError, DataError
 
 UNITS_US = {"s": 1_000_000, "ms": 1_000, "us": 1}  # microseconds in a unit; "ns" is the one below a microsecond
@@ -151,7 +152,7 @@ def open_clock(tables: Sequence[Table], column: str, rules: TimeRules) -> Clock:
 
 
 def _infer_clock(tables: Sequence[Table], column: str, unit: str | None) -> Clock:
-    """The kind of the column from its type, the unit of numbers from the largest."""
+    """The kind of the column from its type, the unit of numbers from their size."""
     if unit is not None and unit not in (*UNITS_US, "ns"):
         raise ConfigError(f"--time-unit {unit}: one of s, ms, us, ns")
     kinds = {_time_kind(table, column) for table in tables}
@@ -164,14 +165,11 @@ def _infer_clock(tables: Sequence[Table], column: str, unit: str | None) -> Cloc
         return Clock("datetime", "", "dates; those without a time zone are taken as UTC")
     is_float = any(table.schema[column].is_float() for table in tables)
     number = pl.Float64 if is_float else pl.Int64
-    values = pl.concat([table.scan().select(pl.col(column).cast(number, strict=False).alias("t")) for table in tables])
-    if is_float:
-        values = values.filter(pl.col("t").is_finite())
-    largest = values.select(pl.col("t").abs().max()).collect(engine="streaming").item()
     if unit is not None:
         return Clock("number", unit, f"epoch numbers in {unit}, as given by --time-unit", is_float)
-    unit = _unit_of(largest or 0)
-    return Clock("number", unit, f"epoch numbers in {unit}, inferred from the largest, {largest}", is_float)
+    values = pl.concat([table.scan().select(pl.col(column).cast(number, strict=False).alias("t")) for table in tables])
+    unit = _likely_unit(values)
+    return Clock("number", unit, f"epoch numbers in {unit}, inferred from their size", is_float)
 
 
 def _time_kind(table: Table, column: str) -> str:
@@ -187,18 +185,22 @@ def _time_kind(table: Table, column: str) -> str:
     raise DataError(f"{table.path}, column {column!r}: type {dtype} is not a time; give epoch numbers or dates")
 
 
-def _unit_of(largest: float) -> str:
-    for power, unit in enumerate(("s", "ms", "us")):
-        if largest < LARGEST_SECONDS * 1000**power:
-            return unit
-    return "ns"
+def _likely_unit(values: pl.LazyFrame) -> str:
+    """The unit that most values of column ``t`` have by their size: a few wrong ones are found out, not believed."""
+    units = (*UNITS_US, "ns")
+    size = pl.col("t").abs()
+    below = [(size < LARGEST_SECONDS * 1000**power).sum().alias(unit) for power, unit in enumerate(UNITS_US)]
+    counts = values.select(*below, pl.col("t").count().alias("ns")).collect(engine="streaming").row(0)
+    in_unit = [count - smaller for count, smaller in zip(counts, (0, *counts), strict=False)]
+    return units[in_unit.index(max(in_unit))]
 
 
 @dataclass(frozen=True)
 class Survey:
     """What one pass over the event log finds.
 
-    users: columns user_id, num_events; items: column item_id; both sorted by id. actions: the values, sorted.
+    users: columns user_id, num_events; items: column item_id; both sorted by id. actions: the values by first
+    appearance in time, so that one which appears later changes no other's place.
     """
 
     users: pl.DataFrame
@@ -226,13 +228,11 @@ class EventLog:
         for table in tables:
             table.require(_required(columns))
         tables = _reread_ids_as_text(tables, columns)
-        try:
+        with explained(tables, columns):
             return cls(
                 tuple(tables), columns, id_kind(tables, columns.user), id_kind(tables, columns.item),
                 _action_type(tables, columns.action), open_clock(tables, columns.timestamp, rules),
             )  # fmt: skip
-        except pl.exceptions.PolarsError as error:
-            raise explain(tables, columns, error) from error
 
     @property
     def has_actions(self) -> bool:
@@ -264,17 +264,15 @@ class EventLog:
             log.group_by("item_id").agg(),
         ]
         if self.has_actions:
-            queries.append(log.group_by("action").agg())
-        try:
+            queries.append(log.group_by("action").agg(pl.col("ticks").min()))
+        with explained(self.tables, self.columns):
             users, items, *rest = pl.collect_all(queries, engine="streaming")
-        except pl.exceptions.PolarsError as error:
-            raise explain(self.tables, self.columns, error) from error
         for frame, column in ((users, self.columns.user), (items, self.columns.item)):
             if frame.to_series(0).null_count():
                 self._refuse_null(column)
         if not len(users):
             raise DataError(f"{self.tables[0].path}: the event log has no rows")
-        actions = rest[0]["action"].drop_nulls().sort().to_list() if rest else []
+        actions = rest[0].drop_nulls("action").sort("ticks", "action")["action"].to_list() if rest else []
         if len(actions) > 2**15 - 1:
             raise DataError(
                 f"column {self.columns.action or 'action'!r} has {len(actions)} different values; an action is a "
@@ -287,15 +285,21 @@ class EventLog:
             table.refuse_where(pl.col(column).is_null(), column, "is not an id; fill it in or remove the row")
 
 
-def explain(tables: Sequence[Table], columns: EventColumns, error: Exception) -> DataError:
-    """The DataError for a polars error while reading: names the cell at fault where there is one."""
-    for table in tables:
-        cell = table.unreadable_cell(list(_required(columns)))
-        if cell is not None:
-            return DataError(
-                f"{cell} is not {table.schema[cell.column]}, as the rows before it are; correct or remove it"
-            )
-    return unreadable(", ".join(str(table.path) for table in tables[:3]), error)
+@contextmanager
+def explained(tables: Sequence[Table], columns: EventColumns) -> Iterator[None]:
+    """Turn an error of polars while it reads the log into a DataError that names file, row and column, where it can."""
+    try:
+        yield
+    except pl.exceptions.PolarsError as error:
+        if is_full_disk(error):
+            raise
+        for table in tables:
+            table.refuse_unreadable(list(_required(columns)))
+            for column in (columns.user, columns.item):
+                if table.schema[column] == pl.UInt64:
+                    too_large = f"is above the largest integer id, {LARGEST_ID}; convert the column to strings"
+                    table.refuse_where(pl.col(column) > LARGEST_ID, column, too_large)
+        raise unreadable(", ".join(str(table.path) for table in tables[:3]), error) from error
 
 
 def _required(columns: EventColumns) -> dict[str, str]:
@@ -336,6 +340,6 @@ def _action_type(tables: Sequence[Table], named: str | None) -> pl.DataType | No
 def _hashed(value: pl.Expr, dtype: pl.DataType) -> pl.Expr:
     """A 64-bit hash of any value, null kept. Only ever compared within one user: a collision is out of the question."""
     plain = value.cast(pl.String) if dtype in (pl.Categorical, pl.Enum) else value
-    if dtype.is_integer():
-        plain = plain.cast(pl.Int64)  # files may differ in width
+    if dtype.is_integer():  # files may differ in width
+        plain = plain.reinterpret(signed=True) if dtype == pl.UInt64 else plain.cast(pl.Int64)
     return pl.when(value.is_not_null()).then(plain.hash(0))

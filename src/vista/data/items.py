@@ -5,7 +5,7 @@ Shape letters: V items, I item indices.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,11 +58,8 @@ class ItemTable:
         if isinstance(dtype, pl.List | pl.Array) and dtype.inner.is_numeric():
             self.vectors[column.name] = _vectors(tables, column)
         elif dtype.is_float():
-            one_wide = column.cast(pl.Float32).to_frame().select(pl.concat_list(column.name)).to_series()
-            one_wide = one_wide.to_frame().select(
-                pl.when(pl.Series(column.is_not_null())).then(pl.col(column.name))
-            ).to_series()  # fmt: skip
-            self.vectors[column.name] = _vectors(tables, one_wide)
+            numbers = column.cast(pl.Float32).fill_null(0.0).to_numpy()[:, None]
+            self.vectors[column.name] = _all_finite(tables, column.name, numbers)
         elif dtype.is_integer() or dtype in (pl.String, pl.Boolean, pl.Categorical, pl.Enum):
             num_values = column.n_unique()
             if not is_named and num_values > max(MIN_IDENTIFIER_VALUES, MAX_IDENTIFIER_SHARE * len(column)):
@@ -97,6 +94,8 @@ def _vectors(tables: Sequence[Table], column: pl.Series) -> np.ndarray:
     lists = column.cast(pl.List(pl.Float32))
     widths = lists.list.len()
     width = int(widths.max() or 0)  # type: ignore[arg-type]
+    if not width:
+        raise DataError(f"{tables[0].path}, column {column.name!r}: vectors without numbers; remove the column")
     wrong = ((widths != width) & widths.is_not_null()).arg_true()
     if len(wrong):
         row = int(wrong[0])
@@ -105,11 +104,15 @@ def _vectors(tables: Sequence[Table], column: pl.Series) -> np.ndarray:
         )
     vectors = np.zeros((len(lists), width), np.float32)
     there = lists.is_not_null().to_numpy()
-    if there.any():
-        vectors[there] = lists.drop_nulls().explode().cast(pl.Float32).fill_null(np.nan).to_numpy().reshape(-1, width)
+    vectors[there] = lists.drop_nulls().explode().fill_null(np.nan).to_numpy().reshape(-1, width)
+    return _all_finite(tables, column.name, vectors)
+
+
+def _all_finite(tables: Sequence[Table], name: str, vectors: np.ndarray) -> np.ndarray:
+    """The vectors, (n, width). Raises DataError naming the row of one that is not finite."""
     bad = np.flatnonzero(~np.isfinite(vectors).all(1))
     if len(bad):
-        raise DataError(f"{place_of(tables, int(bad[0]))}, column {column.name!r}: a number that is null or not finite")
+        raise DataError(f"{place_of(tables, int(bad[0]))}, column {name!r}: a number that is null or not finite")
     return vectors
 
 
@@ -137,12 +140,12 @@ class ItemFeatures:
             features.vectors[name][codes] = vectors
         return features
 
-    def category(self, named: str | None) -> tuple[str | None, np.ndarray | None]:
-        """The feature whose values count as the items' category: the named one, else the first, else none."""
-        if named is not None and named not in self.categories:
-            raise ConfigError(f"--category-feature {named!r}: no such feature{nearest(named, self.categories)}")
-        name = named if named is not None else next(iter(self.categories), None)
-        return name, None if name is None else self.categories[name]
+
+def category_name(features: Iterable[str], named: str | None) -> str | None:
+    """The feature whose values count as the items' category: the named one, else the first, else none."""
+    if named is not None and named not in features:
+        raise ConfigError(f"--category-feature {named!r}: no such feature{nearest(named, features)}")
+    return named if named is not None else next(iter(features), None)
 
 
 def build_catalogue(
@@ -150,11 +153,12 @@ def build_catalogue(
 ) -> tuple[Catalogue, np.ndarray]:
     """The catalogue, and the item index of each item code, (V,) int32.
 
-    ids: sorted; their place is the code. counts: (V,) events in training, which order the catalogue, most frequent
-    first. is_own: (V,) bool, whether the item has an embedding row of its own; the others take that of their unknown
-    bucket.
+    ids: sorted; their place is the code. counts: (V,) events in training. is_own: (V,) bool, whether the item is known
+    in training and so has an embedding row of its own; the others take that of their unknown bucket.
+
+    The items known in training come first, the most frequent first, then by id: no later item changes their indices.
     """
-    order = np.argsort(-counts, kind="stable")
+    order = np.lexsort((-counts, ~is_own))
     first = 1 + num_unknown_buckets
     item_index = np.empty(len(ids), np.int32)
     item_index[order] = np.arange(first, first + len(ids), dtype=np.int32)

@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,10 @@ import polars as pl
 
 from vista.catalogue import DEFAULT_UNKNOWN_BUCKETS, Catalogue, hash_ids
 from vista.data.arrays import ArrayWriter, checksums, reporting_full_disk, save_array
-from vista.data.events import EventColumns, EventLog, TimeRules, format_us
+from vista.data.events import Clock, EventColumns, EventLog, TimeRules, format_us
 from vista.data.given import ImpressionTable
 from vista.data.impressions import TASK, MadeRules, Skipped, make_requests
-from vista.data.items import ItemFeatures, ItemTable, build_catalogue
+from vista.data.items import ItemFeatures, ItemTable, build_catalogue, category_name
 from vista.data.output import new_folder
 from vista.data.sort import HistoryRules, Places, SortedLog, Vocabulary, sort_log
 from vista.data.split import RequestTable, SplitRules, SplitTimes, save_splits
@@ -125,6 +126,14 @@ class PrepareOptions:
             self.max_history, self.min_user_events, self.max_burst, self.keep_duplicates, self.events_per_partition
         )
 
+    def split_rules(self, clock: Clock) -> SplitRules:
+        """clock: that of the event log, in which numbers are understood. Raises ConfigError."""
+        return SplitRules(
+            self.validation_fraction, self.test_fraction,
+            None if self.validation_from is None else clock.parse_us(self.validation_from, "--validation-from"),
+            None if self.test_from is None else clock.parse_us(self.test_from, "--test-from"),
+        )  # fmt: skip
+
 
 def _option(name: str) -> str:
     return "--" + name.replace("_", "-")
@@ -138,16 +147,15 @@ def prepare(options: PrepareOptions, out: Path) -> Manifest:
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise StaleOutput(f"{out} is there already: remove it, or choose another --out")
+    known = None if options.catalogue is None else KnownIndices.load(Path(options.catalogue))
     log = EventLog.open(options.events, options.columns, options.time_rules)
+    split_rules = options.split_rules(log.clock)
     tables = _Tables.read(options, log)
     survey = log.survey()
-    known = None if options.catalogue is None else KnownIndices.load(Path(options.catalogue))
-    if known is not None:
-        survey = replace(survey, actions=known.actions)
+    actions = survey.actions if known is None else known.actions
     vocabulary = Vocabulary.union(
-        [survey.users["user_id"], *([] if tables.shown is None else [tables.shown.user_id])],
-        [survey.items["item_id"], *([] if tables.items is None else [tables.items.ids]),
-         *([] if tables.shown is None else [tables.shown.item_id])],
+        [survey.users["user_id"], *tables.user_ids], [survey.items["item_id"], *tables.item_ids],
+        action_index(survey.actions, actions),
     )  # fmt: skip
     with reporting_full_disk(out), new_folder(out) as folder:
         places = Places(folder / "events", folder / "scratch")
@@ -158,7 +166,7 @@ def prepare(options: PrepareOptions, out: Path) -> Manifest:
                 f"{options.events}: no event is left after the rules ({sorted_log.cuts}); relax --min-user-events or "
                 "--max-burst"
             )
-        manifest = _write(folder, _Inputs(options, log, tables, vocabulary, sorted_log, survey.actions, known))
+        manifest = _write(folder, _Inputs(options, split_rules, log, tables, vocabulary, sorted_log, actions, known))
         shutil.rmtree(places.scratch)
         manifest.save(folder)
     return manifest
@@ -181,6 +189,15 @@ class KnownIndices:
         raise ConfigError(f"--catalogue {folder}: neither a run (schema.json) nor prepared data (manifest.json)")
 
 
+def action_index(found: Sequence[Any], actions: Sequence[Any]) -> dict[Any, int]:
+    """The action index of each value found in the log; 0 = not given, for one that is not among the actions.
+
+    Compared as text, as everywhere: 1 and "1" are one action.
+    """
+    known = {str(value): index + 1 for index, value in enumerate(actions)}
+    return {value: known.get(str(value), 0) for value in found}
+
+
 @dataclass(frozen=True)
 class _Tables:
     """The tables beside the event log, where there are any."""
@@ -188,11 +205,21 @@ class _Tables:
     items: ItemTable | None
     shown: ImpressionTable | None
 
+    @property
+    def user_ids(self) -> list[pl.Series]:
+        return [] if self.shown is None else [self.shown.user_id]
+
+    @property
+    def item_ids(self) -> list[pl.Series]:
+        ids = [] if self.items is None else [self.items.ids]
+        return ids if self.shown is None else [*ids, self.shown.item_id]
+
     @classmethod
     def read(cls, options: PrepareOptions, log: EventLog) -> _Tables:
         items = shown = None
         if options.items is not None:
             items = ItemTable.read(options.items, options.item_column, log.item_type, options.item_features)
+            category_name(items.categories, options.category_feature)
         if options.impressions is not None:
             shown = ImpressionTable.read(options.impressions, log, options.time_rules, options.tasks, options.context)
         return cls(items, shown)
@@ -203,6 +230,7 @@ class _Inputs:
     """Everything the last steps work from."""
 
     options: PrepareOptions
+    split_rules: SplitRules
     log: EventLog
     tables: _Tables
     vocabulary: Vocabulary
@@ -217,10 +245,9 @@ class _Inputs:
 
 def _write(folder: Path, inputs: _Inputs) -> Manifest:
     """Steps 3 to 5; the manifest, not written yet."""
-    features, category_name = _features(inputs)
-    category = None if category_name is None else features.categories[category_name]
-    requests, skipped = _requests(inputs, category)
-    times = SplitTimes.choose(requests.timestamp_us, _split_rules(inputs))
+    features, category = _features(inputs)
+    requests, skipped = _requests(inputs, features.categories.get(category or ""))
+    times = SplitTimes.choose(requests.timestamp_us, inputs.split_rules)
     split = times.of(requests.timestamp_us)
     if inputs.known is None and not (split == SPLITS.index("train")).any():
         raise DataError(
@@ -246,7 +273,7 @@ def _write(folder: Path, inputs: _Inputs) -> Manifest:
         validation_from_us=times.validation_from_us,
         test_from_us=times.test_from_us,
         statistics=statistics,
-        options=_described(inputs, category_name),
+        options=_described(inputs, category),
         checksums=checksums(folder, written),
     )
 
@@ -257,7 +284,7 @@ def _features(inputs: _Inputs) -> tuple[ItemFeatures, str | None]:
     features = ItemFeatures()
     if table is not None:
         features = ItemFeatures.of(table, inputs.vocabulary.item_codes(table.ids), inputs.num_items)
-    return features, features.category(inputs.options.category_feature)[0]
+    return features, category_name(features.categories, inputs.options.category_feature)
 
 
 def _requests(inputs: _Inputs, category: np.ndarray | None) -> tuple[RequestTable, Skipped]:
@@ -287,15 +314,6 @@ def _requests(inputs: _Inputs, category: np.ndarray | None) -> tuple[RequestTabl
 def _numpy_ids(ids: pl.Series) -> np.ndarray:
     values = ids.to_numpy()
     return values if values.dtype.kind in "iu" else values.astype(object)
-
-
-def _split_rules(inputs: _Inputs) -> SplitRules:
-    options, clock = inputs.options, inputs.log.clock
-    return SplitRules(
-        options.validation_fraction, options.test_fraction,
-        None if options.validation_from is None else clock.parse_us(options.validation_from, "--validation-from"),
-        None if options.test_from is None else clock.parse_us(options.test_from, "--test-from"),
-    )  # fmt: skip
 
 
 def _kept_users(inputs: _Inputs, requests: RequestTable) -> tuple[np.ndarray, pl.Series]:
@@ -370,6 +388,7 @@ def _described(inputs: _Inputs, category: str | None) -> dict[str, Any]:
         "files": [table.path.name for table in inputs.log.tables],
         "timestamps": inputs.log.clock.statement,
         "has_actions": inputs.log.has_actions,
+        "unknown_actions": [value for value, index in inputs.vocabulary.action_index.items() if index == 0],
         "category": category,
         "ignored_item_columns": {} if tables.items is None else tables.items.ignored,
         "unused_impression_columns": [] if tables.shown is None else list(tables.shown.unused),
@@ -379,7 +398,7 @@ def _described(inputs: _Inputs, category: str | None) -> dict[str, Any]:
 def verify(folder: Path) -> Manifest:
     """Compare every file of a prepared data folder with its checksum.
 
-    Raises StaleOutput naming the first file that is missing, changed or not of the folder.
+    Raises StaleOutput naming the first file that is missing or changed.
     """
     manifest = Manifest.load(folder)
     missing = [name for name in manifest.checksums if not (folder / name).is_file()]
@@ -424,6 +443,9 @@ def summary_lines(manifest: Manifest) -> list[str]:
     reasons = [f"{have[name]:,} {what}" for what, name in skipped.items() if have[name]]
     if reasons:
         lines.append(f"next events that made no request: {', '.join(reasons)}")
+    if options["unknown_actions"]:
+        unknown = ", ".join(map(str, options["unknown_actions"]))
+        lines.append(f"actions that {options['catalogue']} does not know, taken as not given: {unknown}")
     lines += [f"item column {name!r} is not used: {why}" for name, why in options["ignored_item_columns"].items()]
     if options["unused_impression_columns"]:
         unused = ", ".join(map(repr, options["unused_impression_columns"]))

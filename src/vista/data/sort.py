@@ -12,12 +12,13 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
 
 from vista.data.arrays import ArrayWriter, chunk_bounds, read_slice
-from vista.data.events import EventLog, Survey
+from vista.data.events import EventLog, Survey, explained
 from vista.progress import Progress
 
 CHUNK_EVENTS = 4_000_000  # events of one chunk in a pass over all histories: about 100 MB of arrays
@@ -119,7 +120,7 @@ def sort_log(log: EventLog, survey: Survey, vocabulary: Vocabulary, rules: Histo
     ):
         for number in range(num_partitions):
             folder = partitions / f"part={number}"
-            frame = _sort(pl.read_parquet(folder / "*.parquet"))
+            frame = _sort(pl.read_parquet(sorted(folder.iterdir()), glob=False))
             progress.advance(len(frame))
             frame = _tidy(frame, rules, sorted_log)
             item.append(frame["item"].to_numpy())
@@ -132,15 +133,16 @@ def sort_log(log: EventLog, survey: Survey, vocabulary: Vocabulary, rules: Histo
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """All user ids and all item ids, each sorted; the place of an id is its code."""
+    """All user ids and all item ids, each sorted; the place of an id is its code. The action index of each action."""
 
     users: pl.Series
     items: pl.Series
+    action_index: dict[Any, int]
 
     @classmethod
-    def union(cls, users: list[pl.Series], items: list[pl.Series]) -> Vocabulary:
+    def union(cls, users: list[pl.Series], items: list[pl.Series], action_index: dict[Any, int]) -> Vocabulary:
         """The ids of several tables, of one type each, together."""
-        return cls(pl.concat(users).unique().sort(), pl.concat(items).unique().sort())
+        return cls(pl.concat(users).unique().sort(), pl.concat(items).unique().sort(), action_index)
 
     def user_codes(self, ids: pl.Series) -> np.ndarray:
         """Codes of ids that are all there, (n,) int32."""
@@ -178,14 +180,15 @@ def _partition(log: EventLog, survey: Survey, vocabulary: Vocabulary, target: in
     )
     columns = [pl.col(name) for name in ("part", "user", "item", "ticks")]
     if log.has_actions:
-        values = pl.Series(survey.actions, dtype=log.action_type, strict=False)
-        indices = pl.Series(np.arange(1, len(values) + 1, dtype=np.int16))
+        values = pl.Series(list(vocabulary.action_index), dtype=log.action_type)
+        indices = pl.Series(list(vocabulary.action_index.values()), dtype=pl.Int16)
         columns.append(pl.col("action").replace_strict(values, indices, default=0, return_dtype=pl.Int16))
     columns += [pl.col(name) for name in ("burst", "event_id") if getattr(log.columns, name) is not None]
-    coded.select(columns).sink_parquet(
-        pl.PartitionBy(folder, key="part", include_key=False, approximate_bytes_per_file=2**62),
-        compression="lz4", statistics=False, maintain_order=True, mkdir=True, engine="streaming",
-    )  # fmt: skip
+    with explained(log.tables, log.columns):
+        coded.select(columns).sink_parquet(
+            pl.PartitionBy(folder, key="part", include_key=False, approximate_bytes_per_file=2**62),
+            compression="lz4", statistics=False, maintain_order=True, mkdir=True, engine="streaming",
+        )  # fmt: skip
     return int(users["part"].max()) + 1  # type: ignore[arg-type]
 
 

@@ -5,7 +5,10 @@ Rows are counted from 1, a CSV file's header not counted.
 
 from __future__ import annotations
 
+import csv
+import errno
 import glob
+import gzip
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,6 +21,13 @@ from vista.errors import DataError, MissingColumn, nearest
 
 PARQUET_SUFFIXES = (".parquet", ".pq")
 CSV_SUFFIXES = (".csv", ".csv.gz", ".tsv", ".tsv.gz")
+LARGEST_ID = 2**63 - 1  # ids are int64 or strings
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # EFBIG: a limit on the size of files, of user or file system
+FULL_DISK_TEXTS = (
+    "No space left on device",
+    "Disk quota exceeded",
+    "File too large",
+)  # of polars, which has no numbers
 INFER_ROWS = 10_000  # of a CSV file are looked at to guess its types; a guess that fails later is reported with its row
 
 
@@ -70,6 +80,11 @@ class Table:
             schema = dict(table.scan().collect_schema())
         return cls(path, schema, tuple(as_text))
 
+    @property
+    def separator(self) -> str:
+        """Of a CSV file."""
+        return "\t" if ".tsv" in self.path.name.lower() else ","
+
     def scan(self) -> pl.LazyFrame:
         """The table, not read yet."""
         if table_kind(self.path) == "parquet":
@@ -78,21 +93,18 @@ class Table:
 
     def scan_csv(self, types: dict[str, pl.DataType]) -> pl.LazyFrame:
         """A CSV table with the types of some columns given, those of the others guessed."""
-        separator = "\t" if ".tsv" in self.path.name.lower() else ","
         return pl.scan_csv(
-            self.path, separator=separator, try_parse_dates=True, infer_schema_length=INFER_ROWS,
+            self.path, separator=self.separator, try_parse_dates=True, infer_schema_length=INFER_ROWS,
             schema_overrides=types, glob=False,
         )  # fmt: skip
 
     def read(self) -> pl.DataFrame:
-        """The whole table. Raises DataError naming the cell that could not be read, where that is the reason."""
+        """The whole table. Raises DataError naming the row or cell that cannot be read, where that is the reason."""
         try:
             return self.scan().collect()
         except pl.exceptions.PolarsError as error:
-            cell = self.unreadable_cell(list(self.schema))
-            if cell is None:
-                raise unreadable(self.path, error) from error
-            raise DataError(f"{cell} is not {self.schema[cell.column]}, as the rows before it are") from error
+            self.refuse_unreadable(list(self.schema))
+            raise unreadable(self.path, error) from error
 
     def require(self, columns: dict[str, str]) -> None:
         """Raise MissingColumn unless all columns are there; ``columns`` maps a name to the option that sets it."""
@@ -124,6 +136,33 @@ class Table:
         if found is not None:
             row, (value,) = found
             raise DataError(f"{self.path}, row {row}, column {column!r}: {_quoted(value)} {problem}")
+
+    def refuse_unreadable(self, columns: Sequence[str]) -> None:
+        """Raise DataError for the first row of a CSV file that has too many cells, or a cell of the wrong type."""
+        row = self._long_row()
+        if row is not None:
+            raise DataError(
+                f"{self.path}, row {row}: more cells than the {len(self.schema)} columns of the header; correct or "
+                'remove it (text with a separator in it needs quotes: "a, b")'
+            )
+        cell = self.unreadable_cell(columns)
+        if cell is not None:
+            raise DataError(
+                f"{cell} is not {self.schema[cell.column]}, as the rows before it are; correct or remove it"
+            )
+
+    def _long_row(self) -> int | None:
+        if table_kind(self.path) != "csv":
+            return None
+        opener = gzip.open if self.path.name.lower().endswith(".gz") else open
+        try:
+            with opener(self.path, "rt", encoding="utf-8", errors="replace", newline="") as file:
+                for row, cells in enumerate(csv.reader(file, delimiter=self.separator)):
+                    if len(cells) > len(self.schema):
+                        return row
+        except (csv.Error, EOFError):  # what is wrong is something else
+            pass
+        return None
 
     def unreadable_cell(self, columns: Sequence[str]) -> BadCell | None:
         """The first cell of a CSV column that is not of the type its first rows suggest; None for Parquet."""
@@ -164,9 +203,15 @@ def readable(path: Path | str) -> Iterator[None]:
     try:
         yield
     except (pl.exceptions.PolarsError, OSError) as error:
-        if "No space left on device" in str(error):
+        if is_full_disk(error):
             raise
         raise unreadable(path, error) from error
+
+
+def is_full_disk(error: BaseException) -> bool:
+    """Whether this is how Python or polars says that nothing more can be written."""
+    number = error.errno if isinstance(error, OSError) else None
+    return number in FULL_DISK or any(text in str(error) for text in FULL_DISK_TEXTS)
 
 
 def unreadable(path: Path | str, error: Exception) -> DataError:

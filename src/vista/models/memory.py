@@ -1,8 +1,9 @@
 """What a history is folded into: the memory of one summarizer layer, behind one seam.
 
 A memory turns each segment's keys and values into a *part*, merges parts in time order into a *running value* (the
-carried state, float32, of fixed size), and answers reads. Merging is a function of running value and part alone, so
-one event more costs the same whatever came before.
+carried state, of fixed size), and answers reads. Merging is a function of running value and part alone, so one event
+more costs the same whatever came before. Sums are float32; an int8 *residue* beside each holds what rounding has lost,
+so that a million events drift no further than ten thousand (`vista.ops.qla.add_compensated`).
 
     sum     Z = phi(K)^T V; merge: add. The paper's memory; events and seeds read it.
     slots   each seed's softmax over all events, kept as (numerator, denominator, maximum); merge: rescale and add.
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 
 from vista.config import ModelConfig
 from vista.models.layers import split_heads
-from vista.ops.qla import add, read_memory, rms_norm, segment_sums
+from vista.ops.qla import add_compensated, carried, read_memory, rms_norm, segment_sums
 
 Running = tuple[Tensor, ...]
 EMPTY_MAXIMUM = -1e30  # stands for minus infinity, whose differences would be NaN
@@ -36,10 +37,10 @@ class Memory(Protocol):
     names: tuple[str, ...]
 
     def initial(self, num_users: int) -> Running:
-        """The running value of an empty history, (B, ...) float32 each."""
+        """The running value of an empty history, (B, ...) each: float32, residues int8."""
 
     def parts(self, k: Tensor, v: Tensor, is_valid: Tensor) -> Running:
-        """The parts of segments: k, v (G, H, S, E), is_valid (G, S) to (G, ...) float32 each."""
+        """The parts of segments: k, v (G, H, S, E), is_valid (G, S) to (G, ...) float32 each, without residues."""
 
     def merge(self, running: Running, part: Running) -> Running:
         """The running value after one more segment."""
@@ -53,7 +54,7 @@ class Memory(Protocol):
 class SumMemory(nn.Module):
     """phi(K)^T V summed over events; read through norm and outer activation (``vista.ops.qla``)."""
 
-    names = ("sum",)
+    names = ("sum", "sum_residue")
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -61,13 +62,14 @@ class SumMemory(nn.Module):
         self.head_width = config.width // config.num_heads
 
     def initial(self, num_users: int) -> Running:
-        return (torch.zeros(num_users, self.num_heads, self.head_width, self.head_width),)
+        shape = (num_users, self.num_heads, self.head_width, self.head_width)
+        return torch.zeros(shape), torch.zeros(shape, dtype=torch.int8)
 
     def parts(self, k: Tensor, v: Tensor, is_valid: Tensor) -> Running:
         return (segment_sums(k * is_valid[:, None, :, None], v),)
 
     def merge(self, running: Running, part: Running) -> Running:
-        return add(running, part)
+        return add_compensated(*running, *part)
 
     def read(
         self, running: Running, q: Tensor, k: Tensor, v: Tensor, num_events: Tensor
@@ -79,11 +81,13 @@ class SumMemory(nn.Module):
 class SlotsMemory(nn.Module):
     """One softmax read-out per seed and head over all events, carried as (numerator, denominator, maximum).
 
+    Numerator (E) and denominator (1) are one tensor, since they are always summed together.
+
     Naive definition, one head:  softmax(query_k . key_n / sqrt(E) over n) @ value.  The *mass*, log(sum of weights) -
     log(number of events), tells how much of the history answered the seed: a mean alone forgets that.
     """
 
-    names = ("slot_numerator", "slot_denominator", "slot_maximum")
+    names = ("slot_sums", "slot_maximum", "slot_residue")
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -93,31 +97,31 @@ class SlotsMemory(nn.Module):
 
     def initial(self, num_users: int) -> Running:
         shape = (num_users, self.num_heads, self.num_seeds)
-        return torch.zeros(*shape, self.head_width), torch.zeros(shape), torch.full(shape, EMPTY_MAXIMUM)
+        wide = (*shape, self.head_width + 1)
+        return torch.zeros(wide), torch.full(shape, EMPTY_MAXIMUM), torch.zeros(wide, dtype=torch.int8)
 
     def parts(self, k: Tensor, v: Tensor, is_valid: Tensor) -> Running:
-        logits = (self.query.to(k.dtype) @ k.transpose(-2, -1)).float() * self.head_width**-0.5
+        logits = carried(self.query.to(k.dtype) @ k.transpose(-2, -1)) * self.head_width**-0.5
         logits = logits.masked_fill(~is_valid[:, None, None, :], EMPTY_MAXIMUM)
         maximum = logits.amax(-1)
         weight = (logits - maximum.detach()[..., None]).exp() * is_valid[:, None, None, :]
-        return (weight.to(v.dtype) @ v).float(), weight.sum(-1), maximum.detach()
+        sums = torch.cat([carried(weight.to(v.dtype) @ v), weight.sum(-1, keepdim=True)], -1)
+        return sums, maximum.detach()
 
     def merge(self, running: Running, part: Running) -> Running:
-        maximum = torch.maximum(running[2], part[2])
-        old, new = (running[2] - maximum).exp(), (part[2] - maximum).exp()
-        return (
-            running[0] * old[..., None] + part[0] * new[..., None],
-            running[1] * old + part[1] * new,
-            maximum,
-        )
+        maximum = torch.maximum(running[1], part[1])
+        old, new = (running[1] - maximum).exp()[..., None], (part[1] - maximum).exp()[..., None]
+        sums, residue = add_compensated(running[0], running[2], part[0] * new, old)
+        return sums, maximum, residue
 
     def read(
         self, running: Running, q: Tensor, k: Tensor, v: Tensor, num_events: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        numerator, denominator, maximum = running
+        sums, maximum, _ = running
+        numerator, denominator = sums[..., :-1], sums[..., -1]
         is_empty = denominator <= 0
         safe = denominator.masked_fill(is_empty, 1.0)
-        log_count = num_events.clamp(min=1).log()[:, None, None]
+        log_count = num_events.clamp(min=1).to(denominator.dtype).log()[:, None, None]
         mass = (maximum + safe.log() - log_count).masked_fill(is_empty, 0.0)
         return (numerator / safe[..., None]).to(v.dtype), mass.transpose(1, 2)
 

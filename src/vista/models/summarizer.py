@@ -30,7 +30,7 @@ from vista.models.embeddings import EventEmbedding
 from vista.models.inputs import US_PER_S, Events, Progress, Recent, ragged_index
 from vista.models.layers import GatedUnit, aligned, join_heads, norm
 from vista.models.memory import SlotsMemory, SumMemory, make_memory, project_heads
-from vista.ops.qla import SegmentOrder, qla, read_memory, rms_norm
+from vista.ops.qla import SegmentOrder, carried, qla, read_memory, rms_norm
 
 BLOCK_SEGMENTS = 4  # segments of one user folded at a time: a super-block stays in cache (measured: 4 beat 1 and 16)
 SEED_SCALE = 0.1  # of fresh seed vectors: small beside what they read
@@ -164,9 +164,12 @@ class Summarizer(nn.Module):
 
     def init_state(self, num_users: int) -> UserState:
         """The state of users without events."""
-        device = self.seeds.device
+        device, dtype = self.seeds.device, carried(self.seeds).dtype
         memory = tuple(
-            tuple(tuple(t.to(device) for t in running) for running in layer.initial(num_users))
+            tuple(
+                tuple(t.to(device, dtype if t.is_floating_point() else t.dtype) for t in running)
+                for running in layer.initial(num_users)
+            )
             for layer in self._layers
         )
         size = 0 if self.config.scope == "full" else self.config.recent_events
@@ -247,8 +250,9 @@ class Summarizer(nn.Module):
         return list(self.layers)  # type: ignore[arg-type]
 
     def _fresh_seeds(self, progress: Progress) -> Tensor:
-        span_s = (progress.last_us - progress.first_us) / US_PER_S
-        size = torch.stack([progress.num_events.float().log1p(), span_s.float().log1p()], -1) / 10  # about 1 at most
+        dtype = carried(self.seeds).dtype
+        span_s = (progress.last_us - progress.first_us).to(dtype) / US_PER_S
+        size = torch.stack([progress.num_events.to(dtype).log1p(), span_s.log1p()], -1) / 10  # about 1 at most
         return self.seeds + self.size(size)[:, None, :]
 
     def _fold_block(

@@ -19,6 +19,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from vista.cli.data import app as data
 from vista.cli.demo import demo
 from vista.cli.doctor import doctor
 from vista.cli.evaluate import evaluate
@@ -100,6 +101,7 @@ def common(
 
 
 app.command()(demo)
+app.add_typer(data)
 app.command()(prepare)
 app.command()(train)
 app.command()(evaluate)

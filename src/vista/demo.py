@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from vista import api
@@ -32,6 +33,7 @@ SIZE = "tiny"
 SETTINGS: dict[str, Any] = {"model.num_seeds": 64, "train.max_epochs": 1000, "train.validate_every_steps": 200}
 # Steps and seconds of training at most; on two quiet cores the steps end first, and the demo stays below five minutes.
 BUDGETS = {"vista": (1600, 200), "recent": (600, 30), "counts": (600, 20)}
+THREADS = 1  # of training: at this size two are hardly faster on a quiet machine, and half as fast on a busy one
 MAX_CANDIDATES_SHOWN = 6
 US_PER_S = 1_000_000
 
@@ -126,8 +128,13 @@ def _train(out: Path, data: PreparedData, model: str, steps: int | None, show: _
     config = resolve(SIZE, overrides={"model.model": model} | given | SETTINGS)
     flags = [f"--set={key}={value}" for key, value in SETTINGS.items()]
     show.command("train", data.folder, "--out", out / model, "--model", model, "--size", SIZE,
-                 "--max-steps", max_steps, "--time-budget-s", seconds, *flags)  # fmt: skip
-    train(data, out / model, config)
+                 "--max-steps", max_steps, "--time-budget-s", seconds, "--threads", THREADS, *flags)  # fmt: skip
+    before = torch.get_num_threads()
+    torch.set_num_threads(THREADS)
+    try:
+        train(data, out / model, config)
+    finally:
+        torch.set_num_threads(before)
     return api.load(out / model)
 
 

@@ -18,17 +18,24 @@ def train(
     max_steps: Annotated[int | None, typer.Option(help="Optimizer steps at most.")] = None,
     max_epochs: Annotated[int | None, typer.Option(help="Passes over the training requests at most.")] = None,
     time_budget_s: Annotated[float | None, typer.Option(help="Stop after this many seconds.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads of torch; 1 is often fastest for tiny. Default: one per core.")
+    ] = None,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="Any other setting, as in --set model.memory=sum; repeatable.")
     ] = None,
     resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint of the run folder.")] = False,
 ) -> None:
     """Train a model on prepared data. Ctrl-C keeps a checkpoint; --resume goes on from it."""
+    import torch
+
     from vista.checkpoint import load_description, load_run
     from vista.config import resolve
     from vista.data.histories import PreparedData
     from vista.training.loop import train as run_training
 
+    if threads is not None:
+        torch.set_num_threads(threads)
     if resume:
         resolved = load_description(out)[0]
     else:

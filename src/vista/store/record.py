@@ -22,7 +22,7 @@ from vista.errors import RecordError
 
 MAGIC = b"VSTA"
 FORMAT_VERSION = 1
-KINDS = ("tokens", "state")
+KINDS = ("tokens", "state", "border")
 CODECS = ("float32", "float16", "bfloat16", "int8")
 TOKENS = "tokens"  # the array that the codec applies to
 SCALE = "tokens.scale"  # beside it with int8: (K,) float32

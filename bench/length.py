@@ -2,11 +2,12 @@
 
     python bench/length.py [--train-events 2000] [--lengths 2000 8000 32000 128000] [--seeds 0 1 2] [--out FOLDER]
 
-The default world is *membership*: each user touches a few items again and again, and a click says "touched before", so
-the answer does not depend on the length of the history. Every length has the same number of users and requests, and is
-prepared with the catalogue of the run, as a service does with the events of a new day.
+The default world is *lifelong*: lifelong favourites, recent taste and old likes. What it asks about is as likely at any
+length, and shares of the history, not counts, decide; recent events alone cannot tell most of it, as the control
+`recent` shows. Every length has the same number of users and requests, and is prepared with the catalogue of the run,
+as a service does with the events of a new day.
 
-Prints NE and AUC of the test split at each length (mean and standard error over seeds), for each memory, and draws
+Prints NE and AUC of the test split at each length (mean and standard error over seeds), for each model, and draws
 them.
 """
 
@@ -49,29 +50,30 @@ def make_data(folder: Path, events: int, arguments: argparse.Namespace, run: Run
 
 
 def measure(arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
-    """One row per memory, seed and length."""
+    """One row per model, seed and length."""
     trained_on, _ = make_data(folder / "train", arguments.train_events, arguments, None)
     rows = []
     prepared: dict[int, tuple[PreparedData, float]] = {}
-    for memory in arguments.memories:
+    for model in arguments.models:
         for seed in arguments.seeds:
-            config = resolve("tiny", overrides=overrides(memory, seed, arguments))
-            run = load_run(train(trained_on, folder / f"{memory}-{seed}", config))
+            config = resolve("tiny", overrides=overrides(model, seed, arguments))
+            run = load_run(train(trained_on, folder / f"{model}-{seed}", config))
             for length in arguments.lengths:
                 if length not in prepared:
                     prepared[length] = make_data(folder / str(length), length, arguments, run)
                 data, best_ne = prepared[length]
                 metrics = evaluate(run, data).metrics[TASK]
-                rows.append({"memory": memory, "seed": seed, "events": length, "best_ne": best_ne,
+                rows.append({"model": model, "seed": seed, "events": length, "best_ne": best_ne,
                              "ne": metrics["ne"], "auc": metrics["auc"]})  # fmt: skip
-                print(f"{memory:>6} seed {seed} {length:>8,} events: NE {metrics['ne']:.4f} (best {best_ne:.4f}), "
+                print(f"{model:>6} seed {seed} {length:>8,} events: NE {metrics['ne']:.4f} (best {best_ne:.4f}), "
                       f"AUC {metrics['auc']:.4f}", flush=True)  # fmt: skip
     return rows
 
 
-def overrides(memory: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
+def overrides(model: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    named = {"model.model": "recent"} if model == "recent" else {"model.memory": model}
     given = dict(pair.split("=", 1) for pair in arguments.set)
-    return {"model.memory": memory, "train.seed": seed, "train.max_steps": arguments.steps, "train.max_epochs": 1000,
+    return {**named, "train.seed": seed, "train.max_steps": arguments.steps, "train.max_epochs": 1000,
             "train.validate_every_steps": 200, "train.patience": 100} | given  # fmt: skip
 
 
@@ -81,14 +83,14 @@ def spread(values: list[float]) -> tuple[float, float]:
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
-    """Markdown lines: one row per length, NE and AUC of each memory."""
-    memories = list(dict.fromkeys(row["memory"] for row in rows))
-    lines = ["| events | best NE | " + " | ".join(f"{m}: NE | {m}: AUC" for m in memories) + " |",
-             "|---" * (2 + 2 * len(memories)) + "|"]  # fmt: skip
+    """Markdown lines: one row per length, NE and AUC of each model."""
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    lines = ["| events | best NE | " + " | ".join(f"{m}: NE | {m}: AUC" for m in models) + " |",
+             "|---" * (2 + 2 * len(models)) + "|"]  # fmt: skip
     for length in dict.fromkeys(row["events"] for row in rows):
         cells = []
-        for memory in memories:
-            mine = [row for row in rows if row["memory"] == memory and row["events"] == length]
+        for model in models:
+            mine = [row for row in rows if row["model"] == model and row["events"] == length]
             for metric in ("ne", "auc"):
                 mean, error = spread([row[metric] for row in mine])
                 cells.append(f"{mean:.4f} ± {error:.4f}")
@@ -105,11 +107,9 @@ def draw(rows: list[dict[str, Any]], train_events: int, path: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
     lengths = list(dict.fromkeys(row["events"] for row in rows))
-    for memory in dict.fromkeys(row["memory"] for row in rows):
-        points = [spread([r["ne"] for r in rows if r["memory"] == memory and r["events"] == n]) for n in lengths]
-        axes.errorbar(
-            lengths, [p[0] for p in points], [p[1] for p in points], fmt="o-", capsize=3, label=f"memory {memory}"
-        )
+    for model in dict.fromkeys(row["model"] for row in rows):
+        points = [spread([r["ne"] for r in rows if r["model"] == model and r["events"] == n]) for n in lengths]
+        axes.errorbar(lengths, [p[0] for p in points], [p[1] for p in points], fmt="o-", capsize=3, label=model)
     best = [next(r["best_ne"] for r in rows if r["events"] == n) for n in lengths]
     axes.plot(lengths, best, "k--", label="best possible")
     axes.axvline(train_events, color="gray", linestyle=":", label="trained at")
@@ -122,7 +122,7 @@ def draw(rows: list[dict[str, Any]], train_events: int, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--world", default="membership")
+    parser.add_argument("--world", default="lifelong")
     parser.add_argument("--world-set", nargs="*", default=[], help="settings of the world, as in touched=24")
     parser.add_argument("--train-events", type=int, default=2_000)
     parser.add_argument("--lengths", type=int, nargs="+", default=[2_000, 8_000])
@@ -131,7 +131,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=60, help="of each user")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--memories", nargs="+", default=["slots"])
+    parser.add_argument("--models", nargs="+", default=["slots", "recent"], help="a memory, or recent: no summary")
     parser.add_argument("--set", nargs="*", default=[], help="other settings, as in model.num_seeds=64")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, help="folder for length.json and length.png")

@@ -1,7 +1,8 @@
 """User states to stored records and back.
 
 Two records per user, committed together: ``tokens`` (hot: summary tokens, the newest raw events) and ``state`` (cold,
-exact: what a stream goes on from). Neither holds anything that depends on other users.
+exact: what a stream goes on from). A third, ``border``, where kept borders are wanted. None holds anything that depends
+on other users.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 
 from vista.models.batch import flatten, unflatten
+from vista.models.borders import Border, KeptBorders
 from vista.models.inputs import Progress, Recent
 from vista.models.summarizer import UserState
 from vista.models.vista import SequenceModel
@@ -64,3 +66,29 @@ def fill_recent(recent: Recent, row: int, record: Record) -> None:
         column = torch.from_numpy(record.arrays[f"recent_{name}"].astype(np.int64))
         if len(column):
             getattr(recent, name)[row, -len(column) :] = column
+
+
+BORDER_NUMBERS = ("num_events", "first_us", "last_us", "num_ties")  # stored as border_num_events and so on
+
+
+def borders_to_record(kept: KeptBorders, user_id: Any, version: str) -> Record:
+    """The border record of one user: per border its numbers, (M,) each, and its memory's tensors, (M, ...) each."""
+    borders = kept.borders
+    arrays = {f"border_{n}": np.array([getattr(b, n) for b in borders], np.int64) for n in BORDER_NUMBERS}
+    memories = zip(*(border.memory for border in borders), strict=True)
+    arrays |= {f"memory_{i}": torch.stack(rows).numpy() for i, rows in enumerate(memories)}
+    last_us, num_events = (borders[-1].last_us, borders[-1].num_events) if borders else (-1, 0)
+    return Record("border", version, user_key(user_id), last_us, num_events, arrays)
+
+
+def borders_from_record(record: Record) -> KeptBorders:
+    """The kept borders that ``borders_to_record`` stored."""
+    numbers = [record.arrays[f"border_{name}"].tolist() for name in BORDER_NUMBERS]
+    num_tensors = len(record.arrays) - len(BORDER_NUMBERS)
+    memory = [torch.from_numpy(record.arrays[f"memory_{i}"].copy()) for i in range(num_tensors)]
+    return KeptBorders(
+        tuple(
+            Border(num_events, first_us, last_us, num_ties, tuple(t[i] for t in memory))
+            for i, (num_events, first_us, last_us, num_ties) in enumerate(zip(*numbers, strict=True))
+        )
+    )

@@ -85,3 +85,7 @@ class KeptBorders:
         merged = {b.num_events: b for b in self.borders if b.num_events <= base_events}
         merged |= {b.num_events: b for b in passed}
         return KeptBorders(tuple(merged[n] for n in sorted(merged) if n in kept_events))
+
+    def is_same(self, other: KeptBorders) -> bool:
+        """Whether these are the very same borders, not only equal ones."""
+        return list(map(id, self.borders)) == list(map(id, other.borders))

@@ -1,0 +1,415 @@
+"""New events for many users at once, applied to stored states, whatever order they arrive in.
+
+The rule, the same as `vista prepare` has for a whole log (``vista.jobs.order`` has it in code, docs/event-order.md as a
+table): a history is in order of time, events of equal time in order of arrival; of events that repeat each other the
+first in that order stays. After every call a state is what the whole, sorted log without repeats would give. How far
+back a state is taken depends on the oldest new event of the user:
+
+- at or after the newest closed border: the open segment, which is held raw, is sorted anew; no memory is touched;
+- before that: from the newest kept border at or before it, events read from those held raw where they reach back that
+  far, else from the replay source; from the start of the history where no border is kept.
+
+What is known of repeats has the size of the state: the R newest events, held raw with their event ids. A copy of an
+older one is late itself, unless its id comes with a newer time; the replay source knows. So: with a replay source the
+result equals batch in every case; without one, an event too late for the held events is refused, and an event id that
+comes again with a newer time after R other events is taken for a new event.
+
+A time ahead of the clock by more than a tolerance is refused, not clamped: a clamped time would be in no log, and batch
+and stream would differ for ever. The caller has the event back (`Update.outcome`) and may deliver it again later.
+
+Not part of the rule: what ``vista prepare`` leaves out by size (bursts, short and overlong histories).
+
+Shape letters: B users, R recent events, N events.
+"""
+
+from __future__ import annotations
+
+import time
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+
+from vista.catalogue import id_array
+from vista.checkpoint import Run
+from vista.errors import ConfigError, DataError
+from vista.jobs.order import UNKNOWN_ID, Arrivals, hash_event_ids, moves, order_of, repeats
+from vista.jobs.refold import Tracked, refold, start_border, take_users
+from vista.jobs.replay import ReplaySource
+from vista.models.borders import Border, Spacing
+from vista.models.vista import SequenceModel
+from vista.records import borders_from_record, borders_to_record, from_records, to_records
+from vista.store.contract import SummaryStore, Write
+from vista.store.record import decode, encode, user_key
+
+USERS_AT_ONCE = 256  # in one commit; with kept borders a user of a million events has some 300 kilobytes
+AHEAD_US = 300 * 1_000_000  # clocks of servers agree within seconds, those of phones within minutes
+EARLIEST_US = 631_152_000 * 1_000_000  # 1990, as in `vista prepare`: an older time is a wrong unit or column
+
+# What became of an event. All but the last three are part of the history now.
+APPLIED, SORTED_IN, REPLAYED, DUPLICATE, TOO_LATE, BAD_CLOCK = range(6)
+OUTCOMES = ("applied", "sorted in", "replayed", "duplicate", "too late", "bad clock")
+
+
+@dataclass(frozen=True)
+class NewEvents:
+    """N events in order of arrival, as the outside world has them.
+
+    action: original values, or None where the log has none; timestamp_us: (N,) int64 since 1970 UTC; event_id: integers
+    or strings, None for an event without one, or None where the log has none at all. Raises DataError where lengths
+    differ or timestamps are not integers.
+    """
+
+    user_id: Sequence[Any]
+    item_id: Sequence[Any]
+    timestamp_us: np.ndarray
+    action: Sequence[Any] | None = None
+    event_id: Sequence[Any] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("item_id", "timestamp_us", "action", "event_id"):
+            values = getattr(self, name)
+            if values is not None and len(values) != len(self.user_id):
+                raise DataError(
+                    f"new events: {len(values)} of {name} for {len(self.user_id)} of user_id; give one each"
+                )
+        if len(self.user_id) and np.asarray(self.timestamp_us).dtype.kind not in "iu":
+            raise DataError(
+                f"new events: timestamp_us is {np.asarray(self.timestamp_us).dtype}; give integers, in microseconds"
+            )
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Which times are believed. now_us: None for this machine's clock; ahead_us: how far ahead of it is still now."""
+
+    now_us: int | None = None
+    ahead_us: int = AHEAD_US
+    earliest_us: int = EARLIEST_US
+
+    def believes(self, timestamp_us: np.ndarray) -> np.ndarray:
+        """(N,) bool."""
+        now_us = time.time_ns() // 1000 if self.now_us is None else self.now_us
+        return (timestamp_us >= self.earliest_us) & (timestamp_us <= now_us + self.ahead_us)
+
+
+@dataclass(frozen=True)
+class UpdateOptions:
+    """source: where a replay reads, None for none; spacing: which borders are kept, None for none; codec: of tokens."""
+
+    source: ReplaySource | None = None
+    spacing: Spacing | None = None
+    clock: Clock = field(default_factory=Clock)
+    codec: str = "int8"
+
+
+@dataclass(frozen=True)
+class Update:
+    """What a call did: outcome (N,) int8, an index into OUTCOMES, in order of arrival; users whose state changed; users
+    taken back beyond the open segment, and how many events were read again for them."""
+
+    outcome: np.ndarray
+    num_changed: int = 0
+    num_replays: int = 0
+    num_replayed_events: int = 0
+
+    def counts(self) -> dict[str, int]:
+        """Events by outcome, in words."""
+        return {name: int((self.outcome == code).sum()) for code, name in enumerate(OUTCOMES)}
+
+
+def apply_events(run: Run, store: SummaryStore, events: NewEvents, options: UpdateOptions | None = None) -> Update:
+    """Apply new events to the states in ``store``, and store the new states and tokens, some hundred users at a time.
+
+    A block of users is committed at once. Interrupted in between, or delivered twice, the same events may be given
+    again: those that are in are duplicates then (but one without id in a log with ids counts as often as it is given).
+
+    Raises CheckpointError for a model that reads no events, ConfigError for scope "full", whose state is the whole
+    history, DataError for ids that are none, StoreError where the store fails or has no such model version, RecordError
+    for a damaged record.
+    """
+    options = options or UpdateOptions()
+    model = run.sequence_model
+    if model.config.scope == "full":
+        raise ConfigError("scope 'full' has no state to update, it reads the whole history each time: summarize again")
+    arrivals, user_ids = encode_events(run, events)
+    outcome = np.full(len(arrivals), BAD_CLOCK, np.int8)
+    rows = np.flatnonzero(options.clock.believes(arrivals.timestamp_us))
+    totals = np.zeros(3, np.int64)
+    for first in range(0, len(user_ids), USERS_AT_ONCE):
+        ids = user_ids[first : first + USERS_AT_ONCE]
+        mine = rows[(arrivals.user[rows] >= first) & (arrivals.user[rows] < first + len(ids))]
+        events_of_block = arrivals.take(mine)
+        events_of_block.user[:] -= first
+        if options.source is not None:
+            options.source.record(ids, events_of_block)
+        loaded = load_states(model, store, ids, run.version)
+        done, update = update_states(model, loaded.tracked, events_of_block, ids, options)
+        outcome[mine] = update.outcome
+        totals += (update.num_changed, update.num_replays, update.num_replayed_events)
+        writes = writes_of(run, loaded, done, ids, options.codec)
+        if writes:
+            store.commit(writes, run.version)
+    return Update(outcome, *totals.tolist())
+
+
+def encode_events(run: Run, events: NewEvents) -> tuple[Arrivals, list[Any]]:
+    """Events with item and action indices, and the users they are of, each once, in order of appearance."""
+    place: dict[bytes, int] = {}
+    user_ids: list[Any] = []
+    user = np.zeros(len(events.user_id), np.int64)
+    for row, user_id in enumerate(id_array(list(events.user_id), mixed=True).tolist()):
+        user[row] = place.setdefault(user_key(user_id), len(place))
+        if len(place) > len(user_ids):
+            user_ids.append(user_id)
+    item = run.catalogue.encode(id_array(list(events.item_id), mixed=True)).astype(np.int64)
+    action = run.schema.action_index(list(events.action)) if events.action is not None else [0] * len(user)
+    event_id = hash_event_ids(events.event_id, len(user))
+    times = np.asarray(events.timestamp_us, np.int64)
+    return Arrivals(user, item, np.array(action, np.int64), times, event_id), user_ids
+
+
+@dataclass(frozen=True)
+class Changed:
+    """States that an update has changed: users, their rows among those it was given, (C,) int64; tracked, C of them."""
+
+    users: np.ndarray
+    tracked: Tracked
+
+
+def update_states(
+    model: SequenceModel, tracked: Tracked, events: Arrivals, user_ids: Sequence[Any], options: UpdateOptions
+) -> tuple[Changed, Update]:
+    """The changed states of B users after some events; ``events.user`` are their rows. See the head of this module."""
+    step = _Step.of(model, tracked, events, user_ids, options.source)
+    step.drop_duplicates()
+    step.place_late_events()
+    users = np.unique(events.user[step.is_in])
+    chosen = [step.bases[user] for user in users.tolist()]
+    tail = step.tail()
+    place = np.full(len(user_ids), -1)
+    place[users] = np.arange(len(users))
+    tail = replace(tail, user=place[tail.user]).take(place[tail.user] >= 0)
+    done = refold(model, take_users(tracked, users), chosen, tail, options.spacing)
+    is_replay = np.array([base is not None for base in chosen], bool)
+    num_read_again = int(is_replay[tail.user].sum())
+    return Changed(users, done), Update(step.outcome, len(users), int(is_replay.sum()), num_read_again)
+
+
+@dataclass
+class _Step:
+    """One update under way.
+
+    held, held_place: the events held raw and their places in the histories; num_closed, closed_us (B,): the newest
+    closed borders; bases: where each user is taken back to, None for its newest closed border; source_tails: what the
+    replay source has after that, where it was asked; is_in (N,): events that have not been turned down.
+    """
+
+    tracked: Tracked
+    events: Arrivals
+    user_ids: Sequence[Any]
+    source: ReplaySource | None
+    start: Border
+    held: Arrivals
+    held_place: np.ndarray
+    num_closed: np.ndarray
+    closed_us: np.ndarray
+    bases: list[Border | None]
+    source_tails: dict[int, Arrivals]
+    outcome: np.ndarray
+    is_in: np.ndarray
+
+    @classmethod
+    def of(
+        cls, model: SequenceModel, tracked: Tracked, events: Arrivals, user_ids: Sequence[Any],
+        source: ReplaySource | None,
+    ) -> _Step:  # fmt: skip
+        newest_us = tracked.state.progress.last_us.numpy()[events.user]
+        return cls(
+            tracked, events, user_ids, source, start_border(model), *tracked.held(),
+            *tracked.closed(model.config.segment_events), [None] * len(user_ids), {},
+            np.where(events.timestamp_us >= newest_us, APPLIED, SORTED_IN).astype(np.int8),
+            np.ones(len(events), bool),
+        )  # fmt: skip
+
+    def turn_down(self, rows: np.ndarray, outcome: int) -> None:
+        """rows: indices or a mask."""
+        self.outcome[rows] = outcome
+        self.is_in[rows] = False
+
+    def drop_duplicates(self) -> None:
+        """Turn down what repeats an event held or arriving, or one the source knows with an older time."""
+        line = Arrivals.join([self.held, self.events])
+        self.turn_down(_repeats_in_order(line)[len(self.held) :], DUPLICATE)
+        if self.source is not None:
+            rows = np.flatnonzero(self.is_in & (self.events.event_id > 0))
+            ids = [self.user_ids[user] for user in self.events.user[rows].tolist()]
+            earliest_us = self.source.earliest_us(ids, self.events.event_id[rows])
+            self.turn_down(rows[earliest_us < self.events.timestamp_us[rows]], DUPLICATE)
+
+    def place_late_events(self) -> None:
+        """Choose a base for every user with events before the newest closed border, or turn those events down."""
+        closed_us = self.closed_us[self.events.user]
+        late = self.is_in & (self.events.timestamp_us < closed_us)
+        asks = np.zeros(len(late), bool)
+        if self.source is not None:
+            # The time of the border may fill all that is held: then a repeat of it may have been let go. And a user
+            # without a state may still have a history.
+            asks = self.is_in & (self.events.timestamp_us == closed_us) & self._is_one_time()[self.events.user]
+            asks |= self.is_in & (self.tracked.num_events == 0)[self.events.user]
+        for user in np.unique(self.events.user[late | asks]).tolist():
+            mine = self.events.user == user
+            self._place(user, np.flatnonzero((late | asks) & mine), bool((asks & mine).any()))
+
+    def _is_one_time(self) -> np.ndarray:
+        """Users whose held closed events all have the border's time while older events exist, (B,) bool."""
+        is_closed = self.held_place < self.num_closed[self.held.user]
+        differs = is_closed & (self.held.timestamp_us != self.closed_us[self.held.user])
+        has_older = self.tracked.num_events > self.tracked.num_held
+        return has_older & (np.bincount(self.held.user, differs, len(self.user_ids)) == 0)
+
+    def _place(self, user: int, late: np.ndarray, asks_source: bool = False) -> None:
+        """late: rows of one user's late events; asks_source: what is held does not tell all there is to know."""
+        first_held = int(self.tracked.num_events[user] - self.tracked.num_held[user])
+        oldest_us = int(self.events.timestamp_us[late].min())
+        kept = self.tracked.borders[user]
+        base = kept.before(oldest_us) or self.start
+        if base.num_events >= first_held and not asks_source:
+            self._replay(user, late, base)
+        elif self.source is not None:
+            self._place_from_source(user, late, base)
+        else:
+            reachable = [b for b in (self.start, *kept.borders) if b.num_events >= first_held]
+            from_us = reachable[0].last_us if reachable else np.inf
+            is_lost = self.events.timestamp_us[late] < from_us
+            self.turn_down(late[is_lost], TOO_LATE)
+            if not is_lost.all():
+                self._place(user, late[~is_lost])
+
+    def _replay(self, user: int, late: np.ndarray, base: Border) -> None:
+        self.outcome[late] = REPLAYED
+        self.bases[user] = base
+
+    def _place_from_source(self, user: int, late: np.ndarray, base: Border) -> None:
+        num_before, num_held = int(self.tracked.num_events[user]), int(self.tracked.num_held[user])
+        num_others = int((self.is_in & (self.events.user == user)).sum()) - len(late)
+        tail, has_moved = self._read_source(user, base)
+        is_as_before = base.num_events + len(tail) == num_before + num_others and not has_moved
+        if num_before and is_as_before:  # the late ones repeat events that are no longer held
+            self.turn_down(late, DUPLICATE)
+            return
+        if not num_before and len(tail) == len(late):  # a new user: nothing to read again
+            return
+        size = self.tracked.event_id.shape[1]
+        while base.num_events:
+            num_after, num_kept = base.num_events + len(tail), max(num_held - (num_before - base.num_events), 0)
+            if min(size, num_after) <= num_kept + len(tail):
+                break
+            base = self.tracked.borders[user].before(base.last_us, below_events=base.num_events) or self.start
+            tail, _ = self._read_source(user, base)
+        self._replay(user, late, base)
+        self.source_tails[user] = tail
+
+    def _read_source(self, user: int, base: Border) -> tuple[Arrivals, bool]:
+        """A user's events after a border, in order and without repeats; and whether one was met with two times."""
+        assert self.source is not None
+        found = self.source.events(self.user_ids[user], base.last_us)
+        found = found.take(order_of(found))
+        has_moved = bool(moves(found).any())
+        found = found.take(~repeats(found))
+        if base.num_events:
+            with_id = np.flatnonzero(found.event_id > 0)
+            earliest_us = self.source.earliest_us([self.user_ids[user]] * len(with_id), found.event_id[with_id])
+            found = found.take(np.setdiff1d(np.arange(len(found)), with_id[earliest_us < base.last_us]))
+        ties = found.timestamp_us[: base.num_ties]
+        if len(ties) < base.num_ties or (ties != base.last_us).any():
+            raise DataError(
+                f"user {self.user_ids[user]}: the replay source has {int((ties == base.last_us).sum())} events at "
+                f"{_utc(base.last_us)}, the stored state {base.num_ties}; it is not the log the state was made from: "
+                "summarize the user again"
+            )
+        rest = found.take(np.arange(base.num_ties, len(found)))
+        return replace(rest, user=np.full(len(rest), user)), has_moved
+
+    def tail(self) -> Arrivals:
+        """What each user reads after its base, by user and in order."""
+        base_events = self.num_closed.copy()
+        for user, base in enumerate(self.bases):
+            if base is not None:
+                base_events[user] = base.num_events
+        new = self.events.take(self.is_in)
+        line = Arrivals.join([self.held, new])
+        is_after = np.append(self.held_place >= base_events[self.held.user], np.ones(len(new), bool))
+        is_after &= ~_repeats_in_order(line) & ~np.isin(line.user, list(self.source_tails))
+        line = line.take(is_after)
+        line = Arrivals.join([line.take(order_of(line)), *self.source_tails.values()])
+        return line.take(np.argsort(line.user, kind="stable"))
+
+
+def _repeats_in_order(line: Arrivals) -> np.ndarray:
+    """Which events repeat one that is earlier in order, (N,) bool; events of equal time as they stand."""
+    order = order_of(line)
+    repeated = np.empty(len(line), bool)
+    repeated[order] = repeats(line.take(order))
+    return repeated
+
+
+def _utc(timestamp_us: int) -> str:
+    return datetime.fromtimestamp(timestamp_us / 1e6, UTC).isoformat()
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """States read from a store, and the checksum of each user's border record, (B,) int64, -1 where none is in use."""
+
+    tracked: Tracked
+    border_crc: np.ndarray
+
+
+def load_states(model: SequenceModel, store: SummaryStore, user_ids: Sequence[Any], version: str) -> Loaded:
+    """The stored states of some users; those the store does not know have no events.
+
+    A border record is used only if the state record names it: a state that was written without regard to kept borders
+    (a bulk run, a removal) has none.
+    """
+    keys = [user_key(user_id) for user_id in user_ids]
+    blobs = store.get_many("state", keys, version)
+    records = [None if blob is None else decode(blob, version) for blob in blobs]
+    tracked = Tracked.of(from_records(model, records))
+    border_crc = np.full(len(keys), -1)
+    borders = list(tracked.borders)
+    for user, (record, blob) in enumerate(zip(records, store.get_many("border", keys, version), strict=True)):
+        if record is None:
+            continue
+        event_id = record.arrays.get("recent_event_id", np.zeros(0, np.int64))
+        tracked.event_id[user, tracked.event_id.shape[1] - len(event_id) :] = event_id
+        if blob is not None and record.arrays.get("border_crc", [-1])[0] == zlib.crc32(blob):
+            border_crc[user], borders[user] = zlib.crc32(blob), borders_from_record(decode(blob, version))
+    return Loaded(replace(tracked, borders=tuple(borders)), border_crc)
+
+
+def writes_of(run: Run, loaded: Loaded, done: Changed, user_ids: Sequence[Any], codec: str) -> list[Write]:
+    """What is to be stored after an update: per changed user tokens and state, and the borders where they changed."""
+    ids = [user_ids[user] for user in done.users.tolist()]
+    records = to_records(run.sequence_model, done.tracked.state, ids, run.version)
+    writes: list[Write] = []
+    for row, user in enumerate(done.users.tolist()):
+        tokens, state = records[2 * row : 2 * row + 2]
+        crc = int(loaded.border_crc[user])
+        kept = done.tracked.borders[row]
+        if not kept.is_same(loaded.tracked.borders[user]):
+            record = borders_to_record(kept, user_ids[user], run.version)
+            blob = encode(record, codec)
+            crc = zlib.crc32(blob)
+            writes.append((record.kind, record.user_key, blob))
+        num_held = int(done.tracked.num_held[row])
+        event_id = done.tracked.event_id[row, done.tracked.event_id.shape[1] - num_held :]
+        extra = {"border_crc": np.array([crc])} if crc >= 0 else {}
+        if (event_id != UNKNOWN_ID).any():
+            extra["recent_event_id"] = event_id
+        state = replace(state, arrays=state.arrays | extra)
+        writes += [(record.kind, record.user_key, encode(record, codec)) for record in (tokens, state)]
+    return writes

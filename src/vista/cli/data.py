@@ -93,3 +93,55 @@ def _print_json(values: dict[str, Any]) -> None:
     import json
 
     typer.echo(json.dumps(values, indent=2, allow_nan=False))
+
+
+Source = Annotated[
+    Path | None, typer.Option("--from", help="Folder with a local copy; without it the data is downloaded.")
+]
+
+
+@app.command()
+def movielens(
+    out: Out,
+    source: Source = None,
+    variant: Annotated[
+        str, typer.Option(help="What to download: ml-latest-small, ml-1m, ml-10m, ml-20m, ml-25m, ml-32m, ml-latest.")
+    ] = "ml-1m",
+    exact_times: Annotated[
+        bool, typer.Option("--exact-times", help="Only users all of whose times are exact, where the copy says so.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Film ratings (MovieLens); for your own research, not to be passed on."""
+    from vista.data.public import MovielensOptions, convert_movielens
+
+    _report(convert_movielens(out, source, MovielensOptions(variant, exact_times)), out, "", as_json)
+
+
+@app.command()
+def macports(
+    out: Out,
+    source: Source = None,
+    max_burst: Annotated[int, typer.Option(help="Commits of more packages are left out; 0: none is.")] = 50,
+    min_user_events: Annotated[int, typer.Option(help="Users with fewer events are left out.")] = 20,
+    as_json: AsJson = False,
+) -> None:
+    """Who changed which package of MacPorts, since 2002: few people, very long histories.
+
+    `--from` takes any clone of the macports-ports git history.
+    """
+    from vista.data.public import MacportsOptions, convert_macports
+
+    summary = convert_macports(out, source, MacportsOptions(max_burst, min_user_events))
+    _report(summary, out, " --burst-column burst", as_json)
+
+
+def _report(summary: dict[str, Any], out: Path, flags: str, as_json: bool) -> None:
+    """What was written, and the command that goes on from it."""
+    if as_json:
+        _print_json(summary)
+        return
+    typer.echo(
+        f"{summary['num_events']:,} events of {summary['num_users']:,} users, {summary['num_items']:,} items in {out}"
+    )
+    typer.echo(f"next: vista prepare {out}/events.parquet --items {out}/items.parquet{flags} --out DATA")

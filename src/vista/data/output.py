@@ -26,5 +26,7 @@ def new_folder(out: Path) -> Iterator[Path]:
     try:
         yield partial
         partial.replace(out)  # an empty folder gives way
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"nothing was kept of {out}") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -2,7 +2,7 @@
 
 Each converter writes a folder that ``vista prepare`` reads:
 
-    OUT/events.parquet     user_id, item_id, timestamp (epoch seconds), action; macports also burst, a number per commit
+    OUT/events.parquet     user_id, item_id, timestamp (epoch s or ms), action; macports: burst, one per commit
     OUT/items.parquet      item_id, category, ...
     OUT/dataset.json       name, source, options and sizes
 """

@@ -15,7 +15,7 @@ from vista.errors import DataError, MissingColumn, nearest
 
 
 def read_columns(path: Path, columns: Sequence[str]) -> pl.DataFrame:
-    """A Parquet or CSV table that must have these columns. Raises MissingColumn, and DataError for an unreadable file."""
+    """A Parquet or CSV table that must have these columns. Raises MissingColumn or DataError."""
     if not path.is_file():
         raise DataError(f"{path} is not there; it belongs to this data set: check --from")
     table = Table.open(path)
@@ -40,8 +40,8 @@ def write_dataset(
         "num_users": events["user_id"].n_unique(),
         "num_items": events["item_id"].n_unique(),
         "num_events": len(events),
-        "first_timestamp_s": events["timestamp"].min(),
-        "last_timestamp_s": events["timestamp"].max(),
+        "first_timestamp": events["timestamp"].min(),
+        "last_timestamp": events["timestamp"].max(),
     }
     with new_folder(out) as folder:
         events.write_parquet(folder / "events.parquet")

@@ -1,8 +1,8 @@
 """The MacPorts log: a maintainer changes packages in commits, since 2002. Few people, very long histories.
 
-Made from any clone of the macports-ports git history, or from a Parquet folder of it that somebody made before. A user is
-a commit's author, as a number that stands for the person (in order of first commit; no name or address is written); an
-item is a package, ``category/port``; an event is one package changed by one commit; a burst is one commit.
+Made from any clone of the macports-ports git history, or from a Parquet folder of it that somebody made before. A user
+is a commit's author, as a number that stands for the person (in order of first commit; no name or address is written);
+an item is a package, ``category/port``; an event is one package changed by one commit; a burst is one commit.
 """
 
 from __future__ import annotations
@@ -52,8 +52,9 @@ OLD_PREFIXES = ("trunk/dports/", "dports/")  # where ports were before the repos
 
 @dataclass(frozen=True)
 class MacportsOptions:
-    """max_burst: commits of more packages are left out, 0 = none. min_user_events: users with fewer events that are left
-    over are left out. url: cloned when there is no local copy. """  # fmt: skip
+    """max_burst: commits of more packages are left out, 0 = none. min_user_events: users with fewer events, of those
+    that are left over, are left out. url: cloned when there is no local copy.
+    """
 
     max_burst: int = 50
     min_user_events: int = 20
@@ -172,12 +173,10 @@ def _log_lines(folder: Path) -> Iterator[str]:
         tempfile.TemporaryFile() as errors,
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, env=_git_environment()) as process,
     ):
-        try:
-            assert process.stdout is not None
-            for line in process.stdout:
-                yield line.decode(errors="replace").rstrip("\n")
-        finally:
-            process.kill() if process.poll() is None and process.stdout.read(1) else process.wait()
+        assert process.stdout is not None
+        for line in process.stdout:
+            yield line.decode(errors="replace").rstrip("\n")
+        process.wait()
         errors.seek(0)
         if process.returncode:
             reason = (errors.read().decode(errors="replace").strip().splitlines() or ["no reason given"])[-1]

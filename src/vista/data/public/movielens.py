@@ -1,8 +1,8 @@
 """MovieLens: people rate films. The log that most published tables use; its histories are short.
 
 Read from a local copy, in the form GroupLens publishes (``ratings.dat`` and ``movies.dat``, or ``ratings.csv`` and
-``movies.csv``) or as Parquet (``events.parquet`` with user_id, item_id, rating, ts), or downloaded. A user's ratings come in
-sittings of many a minute, entered from memory: the log is about taste, not about the order of consumption.
+``movies.csv``) or as Parquet (``events.parquet`` with user_id, item_id, rating, ts), or downloaded. A user's ratings
+come in sittings of many a minute, entered from memory: the log is about taste, not about the order of consumption.
 
 The licence of MovieLens forbids passing the data on; what is converted is for your own research.
 """
@@ -33,8 +33,10 @@ SEPARATOR = "::"  # of the .dat files
 
 @dataclass(frozen=True)
 class MovielensOptions:
-    """variant: what to download where there is no local copy. exact_times: leave out users with a time that is not exact
-    (a column ts_src that is not 0 for one of their ratings). """  # fmt: skip
+    """variant: what to download where there is no local copy.
+
+    exact_times: leave out users with a time that is not exact (a column ts_src that is not 0 for one of their ratings).
+    """
 
     variant: str = "ml-1m"
     exact_times: bool = False
@@ -147,19 +149,26 @@ def _dat(path: Path, columns: tuple[str, ...]) -> pl.DataFrame:
 
 
 def _events(ratings: pl.DataFrame, options: MovielensOptions) -> pl.DataFrame:
-    """In order of user and time. Where the order within a user is known better than the times (a column pos), it rules:
-    no event lies before the one in front of it, and is moved to its time where it would. """  # fmt: skip
+    """In order of user and time, in epoch milliseconds.
+
+    Where the order within a user is known better than the times (a column pos), it rules: no event lies before the one
+    in front of it, and events of one second are a millisecond apart, so that each is a moment of its own.
+    """
     if options.exact_times and "ts_src" in ratings.columns:
         ratings = ratings.filter((pl.col("ts_src") == 0).all().over("user_id"))
+    time_ms = pl.col("ts").cast(pl.Int64) * 1000
     if "pos" in ratings.columns:
-        ratings = ratings.sort("user_id", "pos", maintain_order=True)
-        ratings = ratings.with_columns(pl.col("ts").cast(pl.Int64).cum_max().over("user_id"))
+        ratings = ratings.sort("user_id", "pos", maintain_order=True).with_columns(
+            time_ms=time_ms.cum_max().over("user_id")
+        )
+        place = pl.int_range(pl.len()).over("user_id", "time_ms")
+        ratings = ratings.with_columns(pl.col("time_ms") + place)
     else:
-        ratings = ratings.sort("user_id", "ts", maintain_order=True)
+        ratings = ratings.with_columns(time_ms=time_ms).sort("user_id", "time_ms", maintain_order=True)
     return ratings.select(
         pl.col("user_id").cast(pl.Int64),
         pl.col("item_id").cast(pl.Int64),
-        pl.col("ts").cast(pl.Int64).alias("timestamp"),
+        pl.col("time_ms").alias("timestamp"),
         pl.col("rating").alias("action"),
     )
 

@@ -76,9 +76,7 @@ class Needle(World):
         if self.ages:
             choice = np.unique(self.ages)
             rank = rng.integers(len(choice), size=self.likes)[:, None] - np.arange(per_like)
-            age = np.where(
-                rank >= 0, choice[rank], choice[np.maximum(rank[:, :1], 0)]
-            )  # what does not fit is asked once
+            age = choice[np.where(rank >= 0, rank, rank[:, :1])]  # what does not fit is asked once
         else:
             age = self._log_uniform(rng, np.full((self.likes, 1), self.events - 2))
             age = np.hstack([age, self._log_uniform(rng, np.repeat(age, per_like - 1, 1))])

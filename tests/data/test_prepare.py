@@ -397,20 +397,16 @@ def test_partitions_change_nothing(tmp_path: Path) -> None:
 def test_equal_times_keep_the_order_of_the_log(tmp_path: Path) -> None:
     """Over many files, and where partitions are small."""
     random = np.random.default_rng(1)
-    frames = [
-        pl.DataFrame({"user_id": random.integers(0, 3, 40), "item_id": np.arange(first, first + 40),
-                      "timestamp": START_S + random.integers(0, 3, 40)})
-        for first in range(0, 400, 40)
-    ]  # fmt: skip
-    for number, frame in enumerate(frames):
-        write(frame, tmp_path / "log" / f"{number}.parquet")
-    options = PrepareOptions(str(tmp_path / "log"), events_per_partition=10, validation_from="2030-01-01")
-    frames.append(
-        pl.DataFrame({"user_id": [0], "item_id": [0], "timestamp": [START_S + 9]})
-    )  # one that makes a request
-    write(frames[-1], tmp_path / "log" / "last.parquet")
-    prepare(options, tmp_path / "out")
-    assert histories_of(PreparedData.open(tmp_path / "out")) == plain_histories(pl.concat(frames))
+    times = START_S + random.integers(0, 3, 20_000)
+    log = pl.DataFrame({"user_id": random.integers(0, 3, 20_000), "item_id": np.arange(20_000), "timestamp": times})
+    met_again = pl.DataFrame({"user_id": [0], "item_id": [0], "timestamp": [START_S + 9]})  # makes a request
+    log = pl.concat([log, met_again])
+    for number, first in enumerate(range(0, len(log), 4000)):
+        write(log[first : first + 4000], tmp_path / "log" / f"{number}.parquet")
+    for events_per_partition in (10, 10**6):
+        out = tmp_path / f"{events_per_partition}"
+        prepare(PrepareOptions(str(tmp_path / "log"), events_per_partition=events_per_partition), out)
+        assert histories_of(PreparedData.open(out)) == plain_histories(log)
 
 
 def test_a_long_history_keeps_its_newest_events(tmp_path: Path) -> None:

@@ -150,7 +150,7 @@ class LmdbStore:
                 raise StoreError(f"version {version} is published or the one to roll back to; publish another first")
             removed = 0
             with transaction.cursor(db=self._records) as cursor:
-                while cursor.set_range(version.encode()) and cursor.key().startswith(version.encode()):
+                while cursor.set_range(version.encode()) and bytes(cursor.key()).startswith(version.encode()):
                     removed += cursor.delete()
             transaction.delete(VERSION_PREFIX + version.encode(), db=self._facts)
             return removed
@@ -184,19 +184,23 @@ class LmdbStore:
 
     def _info(self, transaction: lmdb.Transaction, version: str) -> VersionInfo | None:
         value = transaction.get(VERSION_PREFIX + version.encode(), db=self._facts)
-        return None if value is None else VersionInfo(**json.loads(value))
+        return None if value is None else VersionInfo(**json.loads(bytes(value)))
 
     def _put_info(self, transaction: lmdb.Transaction, info: VersionInfo) -> None:
         transaction.put(VERSION_PREFIX + info.version.encode(), json.dumps(info.to_json()).encode(), db=self._facts)
 
     def _all_versions(self, transaction: lmdb.Transaction) -> list[VersionInfo]:
         with transaction.cursor(db=self._facts) as cursor:
-            found = [VersionInfo(**json.loads(value)) for key, value in cursor if key.startswith(VERSION_PREFIX)]
+            found = [
+                VersionInfo(**json.loads(bytes(value)))
+                for key, value in cursor
+                if bytes(key).startswith(VERSION_PREFIX)
+            ]
         return sorted(found, key=lambda info: info.created_us)
 
     def _pointer(self, transaction: lmdb.Transaction) -> dict[str, str | None]:
         value = transaction.get(POINTER, db=self._facts)
-        return {"now": None, "before": None} if value is None else json.loads(value)
+        return {"now": None, "before": None} if value is None else json.loads(bytes(value))
 
     def _put_pointer(self, transaction: lmdb.Transaction, pointer: dict[str, str | None]) -> None:
         transaction.put(POINTER, json.dumps(pointer).encode(), db=self._facts)

@@ -9,8 +9,8 @@ so that a million events drift no further than ten thousand (`vista.ops.qla.add_
     slots   each seed's softmax over all events, kept as (numerator, denominator, maximum); merge: rescale and add.
             Seeds alone read it. The seeds' queries are constants, or the softmax would have to be taken again.
 
-To add one: a class with these four methods, a line in `make_memory`, and a line in the contract test
-(tests/contracts/memory.py).
+To add one: a class with these four methods, a line in `make_memory`, and a choice in config.py, from which
+tests/models/test_memory.py knows it and holds it to the contract.
 
 Shape letters: B users, G segments, S events in a segment, H heads, E head width, K seeds.
 """

@@ -43,9 +43,7 @@ def main() -> None:
         print(f"test NE {metrics['ne']:.3f}, AUC {metrics['auc']:.3f}")
         vista.summarize(run, data, store, quiet=True)
         answer = vista.rank(run, store, user=7, candidates=[1, 2, 3, 4])
-        for item, (score,) in sorted(
-            zip(answer["candidates"], answer["scores"], strict=True), key=lambda pair: -pair[1][0]
-        ):
+        for item, score in sorted(zip(answer["candidates"], answer["scores"], strict=True), key=lambda pair: -pair[1]):
             print(f"item {item}: {score:.3f}")
 
 

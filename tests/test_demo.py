@@ -61,7 +61,7 @@ def test_what_it_prints_can_be_typed(shown: tuple[Demo, str]) -> None:
     assert result.exit_code == 0, result.output
     answer = json.loads(result.stdout)
     printed = dict(re.findall(r"^item (\S+): (\S+)$", screen, re.MULTILINE))
-    assert printed == {str(c): f"{s[0]:.3f}" for c, s in zip(answer["candidates"], answer["scores"], strict=True)}
+    assert printed == {str(c): f"{s:.3f}" for c, s in zip(answer["candidates"], answer["scores"], strict=True)}
 
 
 def test_a_log_of_ones_own(tmp_path: Path) -> None:

@@ -67,8 +67,8 @@ def summarize(
 def rank(run: Path | str, store: str, user: Any, candidates: list[Any], at_us: int | None = None) -> dict[str, Any]:
     """Score one user's candidates from a store, as of ``at_us`` (microseconds since 1970 UTC; default now).
 
-    Returns user, candidates, tasks, scores (one list of probabilities per candidate, in the order of tasks),
-    known_user, known_candidates, num_events, as_of_us and version. For many calls keep a
+    Returns user, candidates, scores (one probability per candidate, of the first task), task_scores (the same of every
+    task, by its name), known_user, known_candidates, num_events, as_of_us and version. For many calls keep a
     ``vista.serving.scorer.Scorer``.
     """
     if not candidates:
@@ -76,11 +76,12 @@ def rank(run: Path | str, store: str, user: Any, candidates: list[Any], at_us: i
     loaded = load_run(run)
     with open_store(str(store), read_only=True) as opened:
         (ranking,) = Scorer(loaded, opened).rank([user], [candidates], at_us)
+    task_scores = dict(zip(loaded.schema.tasks, ranking.probability.T.tolist(), strict=True))
     return {
         "user": user,
         "candidates": list(candidates),
-        "tasks": list(loaded.schema.tasks),
-        "scores": ranking.probability.tolist(),
+        "scores": task_scores[loaded.schema.tasks[0]],
+        "task_scores": task_scores,
         "known_user": ranking.is_known_user,
         "known_candidates": ranking.is_known_item.tolist(),
         "num_events": ranking.num_events,

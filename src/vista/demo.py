@@ -150,5 +150,5 @@ def _rank(out: Path, data: PreparedData, run: Run, store: Path, show: _Show) -> 
     names = ",".join(map(str, candidates))
     show.command("rank", out / "vista", "--store", store, "--user", user, "--candidates", names, "--at", moment)
     answer = api.rank(out / "vista", str(store), user, candidates, at_us=at_s * US_PER_S)
-    for item, scores in sorted(zip(candidates, answer["scores"], strict=True), key=lambda pair: -pair[1][0]):
-        show.line(f"item {item}: {scores[0]:.3f}")
+    for item, score in sorted(zip(candidates, answer["scores"], strict=True), key=lambda pair: -pair[1]):
+        show.line(f"item {item}: {score:.3f}")

@@ -56,9 +56,9 @@ def rank(
     known = f"{answer['num_events']:,} events known" if answer["known_user"] else "not in the store: cold start"
     table = Table(title=f"user {user} ({known})")
     table.add_column("item")
-    for task in answer["tasks"]:
+    for task in answer["task_scores"]:
         table.add_column(task, justify="right")
-    for place in sorted(range(len(items)), key=lambda i: -answer["scores"][i][0]):
+    for place in sorted(range(len(items)), key=lambda i: -answer["scores"][i]):
         note = "" if answer["known_candidates"][place] else "  (not in the catalogue)"
-        table.add_row(items[place] + note, *(f"{score:.4f}" for score in answer["scores"][place]))
+        table.add_row(items[place] + note, *(f"{scores[place]:.4f}" for scores in answer["task_scores"].values()))
     Console().print(table)

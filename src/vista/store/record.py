@@ -10,6 +10,8 @@ Shape letters: B records, K summary tokens, D width.
 from __future__ import annotations
 
 import hashlib
+import math
+import re
 import struct
 import zlib
 from collections.abc import Sequence
@@ -24,6 +26,8 @@ MAGIC = b"VSTA"
 FORMAT_VERSION = 1
 KINDS = ("tokens", "state", "border")
 CODECS = ("float32", "float16", "bfloat16", "int8")
+STORED_TYPES = dict(zip(CODECS, map(np.dtype, ("<f4", "<u2", "<u2", "|i1")), strict=True))  # of the tokens
+LARGEST = dict(zip(CODECS, (3.4028235e38, 65504.0, 3.3895314e38, 3.4e38), strict=True))  # of a token's values
 TOKENS = "tokens"  # the array that the codec applies to
 SCALE = "tokens.scale"  # beside it with int8: (K,) float32
 
@@ -31,8 +35,12 @@ SCALE = "tokens.scale"  # beside it with int8: (K,) float32
 HEADER = struct.Struct("<4sHBBHHqq16sI")
 ENTRY = struct.Struct("<24sBBxx4I")  # name, dtype, dimensions, shape (0 where there are fewer than 4)
 CHECKSUM = struct.Struct("<I")
+INTEGER = re.compile("0|-?[1-9][0-9]*")  # as Python prints it: "007" is another user than 7
 DTYPES = tuple(np.dtype(name) for name in ("<f4", "<f8", "|i1", "<i2", "<i4", "<i8", "|u1", "<u2"))
+VERSION_BYTES = 16  # of every model version
 LONGEST_KEY = 480  # bytes: a store prefixes it, and LMDB's keys end at 511
+LONGEST_RECORD = 2**32 - 1  # bytes
+FLOAT32_TINY = 2.0**-126  # the smallest normal number: int8 scales below it would lose their precision
 
 
 @dataclass(frozen=True)
@@ -40,7 +48,7 @@ class Record:
     """One user's record of one model version.
 
     as_of_us: the timestamp of the newest event in it, microseconds since 1970 UTC, -1 for none; num_events: events in
-    it; arrays: one- or two-dimensional; ``tokens`` (K, D) float32 is subject to the codec.
+    it; arrays: of one to four dimensions; ``tokens`` (K, D) float32 is subject to the codec.
     """
 
     kind: str
@@ -57,32 +65,44 @@ def user_key(user_id: Any) -> bytes:
     "7" and 7 are the same user: a command line and a URL know strings only.
     """
     text = str(user_id)
-    is_integer = text.lstrip("-").isdecimal() and str(int(text)) == text
-    key = (b"i:" if is_integer else b"s:") + text.encode()
+    is_integer = INTEGER.fullmatch(text) is not None
+    key = (b"i:" if is_integer else b"s:") + text.encode("utf-8", "surrogatepass")  # any string has a key
     if len(key) <= LONGEST_KEY:
         return key
     return b"h:" + key[: LONGEST_KEY - 2 - 64] + hashlib.sha256(key).hexdigest().encode()
 
 
 def encode(record: Record, codec: str = "int8") -> bytes:
-    """A record as bytes. Raises RecordError for an unknown codec, kind or array type, and for tokens not finite."""
+    """A record as bytes.
+
+    Raises RecordError for an unknown codec or kind, for a version or user key of the wrong length, for an array that
+    has no place in a record, and for tokens that are not finite or beyond what the codec can hold.
+    """
+    version = record.version.encode()
     if codec not in CODECS or record.kind not in KINDS:
         raise RecordError(f"codec {codec!r}, kind {record.kind!r}: known are {CODECS} and {KINDS}")
+    if len(version) != VERSION_BYTES or len(record.user_key) > LONGEST_KEY:
+        raise RecordError(
+            f"model version {record.version!r} and a user key of {len(record.user_key)} bytes: a version has "
+            f"{VERSION_BYTES} bytes, a key at most {LONGEST_KEY}; make it with user_key"
+        )
     arrays: dict[str, np.ndarray] = {}
     for name, array in record.arrays.items():
         arrays |= _quantize(array, codec) if name == TOKENS else {name: array}
     table, body = [], []
     for name, array in arrays.items():
-        stored = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
-        if stored.dtype not in DTYPES or not 1 <= stored.ndim <= 4 or len(name.encode()) > 24:
+        little = array.dtype.newbyteorder("<")
+        if little not in DTYPES or not 1 <= array.ndim <= 4 or len(name.encode()) > 24:
             raise RecordError(f"array {name!r} of type {array.dtype} and shape {array.shape} cannot be stored")
-        shape = (*stored.shape, 0, 0, 0)[:4]
-        table.append(ENTRY.pack(name.encode(), DTYPES.index(stored.dtype), stored.ndim, *shape))
-        body.append(stored.tobytes())
+        shape = (*array.shape, 0, 0, 0)[:4]
+        table.append(ENTRY.pack(name.encode(), DTYPES.index(little), array.ndim, *shape))
+        body.append(np.ascontiguousarray(array, little).tobytes())
     size = HEADER.size + len(record.user_key) + ENTRY.size * len(table) + sum(map(len, body)) + CHECKSUM.size
+    if size > LONGEST_RECORD:
+        raise RecordError(f"a record of {size} bytes: the longest has {LONGEST_RECORD}")
     header = HEADER.pack(
         MAGIC, FORMAT_VERSION, KINDS.index(record.kind), CODECS.index(codec), len(table), len(record.user_key),
-        record.num_events, record.as_of_us, record.version.encode(), size,
+        record.num_events, record.as_of_us, version, size,
     )  # fmt: skip
     content = b"".join([header, record.user_key, *table, *body])
     return content + CHECKSUM.pack(zlib.crc32(content))
@@ -91,8 +111,8 @@ def encode(record: Record, codec: str = "int8") -> bytes:
 def decode(blob: bytes, version: str | None = None) -> Record:
     """A record from bytes, tokens as float32. version: refuse records of any other model version.
 
-    Raises RecordError, saying what is wrong: too short, not a record, a newer format, a wrong size or checksum, an
-    unknown kind, codec or type, shapes that do not fill the record, another model version.
+    Raises RecordError, saying what is wrong: too short, not a record, another format, a wrong size or checksum, an
+    unknown kind, codec or type, shapes that do not fill the record, tokens unlike their codec, another model version.
     """
     codec, record = _parse(blob, version)
     return Record(**{**vars(record), "arrays": _dequantize(record.arrays, codec)})
@@ -101,6 +121,8 @@ def decode(blob: bytes, version: str | None = None) -> Record:
 def decode_tokens(blobs: Sequence[bytes], version: str | None = None) -> np.ndarray:
     """The tokens of B records of one shape and codec, (B, K, D) float32, all at once. Raises as ``decode``."""
     parsed = [_parse(blob, version) for blob in blobs]
+    if any(TOKENS not in record.arrays for _, record in parsed):
+        raise RecordError(f"no tokens in a record of kind {', '.join(sorted({r.kind for _, r in parsed}))}")
     shapes = {(codec, record.arrays[TOKENS].shape) for codec, record in parsed}
     if len(shapes) > 1:
         raise RecordError(f"records of different codecs or shapes cannot be decoded together: {sorted(shapes)}")
@@ -116,48 +138,64 @@ def _parse(blob: bytes, version: str | None) -> tuple[str, Record]:
     magic, found, kind, codec, num_arrays, key_bytes, num_events, as_of_us, written_by, size = HEADER.unpack_from(blob)
     if magic != MAGIC:
         raise RecordError(f"not a record: starts with {magic!r}, not {MAGIC!r}")
-    if found > FORMAT_VERSION:
-        raise RecordError(f"format version {found}: this vista reads up to {FORMAT_VERSION}; update it")
+    if not 1 <= found <= FORMAT_VERSION:
+        raise RecordError(f"format version {found}: this vista reads 1 to {FORMAT_VERSION}; update it")
     if size != len(blob):
         raise RecordError(f"truncated or overlong: {len(blob)} bytes where the header says {size}")
     if CHECKSUM.unpack_from(blob, size - CHECKSUM.size)[0] != zlib.crc32(memoryview(blob)[: -CHECKSUM.size]):
         raise RecordError("checksum mismatch: the record was damaged after it was written; summarize the user again")
     if kind >= len(KINDS) or codec >= len(CODECS):
         raise RecordError(f"unknown kind {kind} or codec {codec}")
-    own_version = written_by.decode()
+    own_version = written_by.decode(errors="replace")
     if version is not None and own_version != version:
         raise RecordError(f"belongs to model version {own_version}, not {version}")
     place = HEADER.size + key_bytes
     key = bytes(blob[HEADER.size : place])
     arrays = _read_arrays(blob, place, num_arrays)
+    _check_tokens(arrays, CODECS[codec])
     return CODECS[codec], Record(KINDS[kind], own_version, key, as_of_us, num_events, arrays)
 
 
 def _read_arrays(blob: bytes, place: int, num_arrays: int) -> dict[str, np.ndarray]:
-    body = place + ENTRY.size * num_arrays
+    body, last = place + ENTRY.size * num_arrays, len(blob) - CHECKSUM.size
+    if body > last:
+        raise RecordError("the user key or the table of arrays reaches beyond the record")
     arrays = {}
     for entry in range(num_arrays):
-        if body > len(blob) - CHECKSUM.size:
-            raise RecordError("the table of arrays reaches beyond the record")
         name, dtype, ndim, *shape = ENTRY.unpack_from(blob, place + ENTRY.size * entry)
         if dtype >= len(DTYPES) or not 1 <= ndim <= 4:
             raise RecordError(f"array {entry} has unknown type {dtype} or {ndim} dimensions")
-        count = int(np.prod(shape[:ndim], dtype=np.int64))
+        count = math.prod(shape[:ndim])  # of Python's integers: numpy's would wrap around
         end = body + count * DTYPES[dtype].itemsize
-        if end > len(blob) - CHECKSUM.size:
+        if end > last:
             raise RecordError(f"array {entry} of shape {tuple(shape[:ndim])} reaches beyond the record")
         values = np.frombuffer(blob, DTYPES[dtype], count, body)
-        arrays[name.rstrip(b"\0").decode()] = values.reshape(shape[:ndim])
+        arrays[name.rstrip(b"\0").decode(errors="replace")] = values.reshape(shape[:ndim])
         body = end
-    if body != len(blob) - CHECKSUM.size:
-        raise RecordError(f"{len(blob) - CHECKSUM.size - body} bytes belong to no array")
+    if body != last:
+        raise RecordError(f"{last - body} bytes belong to no array")
     return arrays
+
+
+def _check_tokens(arrays: dict[str, np.ndarray], codec: str) -> None:
+    """Raise RecordError for tokens that are not (K, D) of the codec's type, with (K,) scales where it has them."""
+    stored, scale = arrays.get(TOKENS), arrays.get(SCALE)
+    if stored is None:
+        return
+    is_scaled = scale is not None and (scale.dtype, scale.shape) == (np.dtype("<f4"), stored.shape[:1])
+    if stored.ndim != 2 or stored.dtype != STORED_TYPES[codec] or is_scaled != (codec == "int8"):
+        raise RecordError(f"tokens of type {stored.dtype} and shape {stored.shape} are not what codec {codec} writes")
 
 
 def _quantize(tokens: np.ndarray, codec: str) -> dict[str, np.ndarray]:
     """tokens (K, D) as stored. int8: one scale per token, so that a large token does not cost the others precision."""
+    if tokens.ndim != 2 or tokens.dtype != np.float32:
+        raise RecordError(f"tokens of type {tokens.dtype} and shape {tokens.shape}: they are (K, D) float32")
     if not np.isfinite(tokens).all():
         raise RecordError("tokens hold a value that is not finite: the model has diverged; train it again")
+    largest = float(np.abs(tokens).max(initial=0.0))
+    if largest > LARGEST[codec]:
+        raise RecordError(f"tokens reach {largest:.6g}, codec {codec} ends at {LARGEST[codec]:.6g}; use float32")
     match codec:
         case "float32":
             return {TOKENS: tokens.astype("<f4")}
@@ -168,9 +206,8 @@ def _quantize(tokens: np.ndarray, codec: str) -> dict[str, np.ndarray]:
             rounded = bits + 0x7FFF + ((bits >> 16) & 1)  # to nearest, ties to even
             return {TOKENS: (rounded >> 16).astype("<u2")}
         case _:
-            scale = (np.abs(tokens).max(axis=1, initial=0.0) / 127).astype("<f4")
-            safe = np.where(scale > 0, scale, 1)
-            return {TOKENS: np.rint(tokens / safe[:, None]).astype("i1"), SCALE: scale}
+            scale = np.maximum(np.abs(tokens).max(axis=1, initial=0.0) / 127, FLOAT32_TINY).astype("<f4")
+            return {TOKENS: np.rint(tokens / scale[:, None]).astype("i1"), SCALE: scale}
 
 
 def _dequantize(arrays: dict[str, np.ndarray], codec: str) -> dict[str, np.ndarray]:
@@ -199,6 +236,7 @@ def error_bound(tokens: np.ndarray, codec: str) -> np.ndarray:
         case "float16":
             return np.maximum(size * 2.0**-11, 2.0**-25)  # the second: below the smallest normal number
         case "bfloat16":
-            return np.maximum(size * 2.0**-8, 2.0**-133)
+            return np.maximum(size * 2.0**-8, 2.0**-134)
         case _:
-            return np.broadcast_to(size.max(axis=1, keepdims=True) / 127 * 0.5001, size.shape)
+            step = np.maximum(size.max(axis=1, keepdims=True, initial=0.0) / 127, FLOAT32_TINY)
+            return np.broadcast_to(step * 0.5001, size.shape)  # a ten-thousandth more: float32 rounds on the way

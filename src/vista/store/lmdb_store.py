@@ -2,26 +2,33 @@
 
 Layout: database ``records`` with keys  version (16 bytes) | kind (1 byte) | user key,  database ``facts`` with one
 JSON value per version and the publishing pointer. Every commit is one transaction and is on disk when it returns.
+
+The map, through which a process sees the file, grows when it is full. Growing it pulls it from under transactions of
+the same process, so it waits for them, and none is open while a caller holds the next part of a scan.
 """
 
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Self, TypeVar, cast
 
 import lmdb
 
 from vista.errors import StoreError
 from vista.store.contract import VersionInfo, Write, check_publishable
-from vista.store.record import KINDS
+from vista.store.record import KINDS, LONGEST_KEY, VERSION_BYTES
 
 FIRST_MAP_BYTES = 1 << 28  # address space, not disk; doubled when full
 MAX_READERS = 512
+SCAN_RECORDS = 256  # read in one transaction: an open one keeps the writer from using freed space again
 VERSION_PREFIX, POINTER = b"version:", b"published"
 Result = TypeVar("Result")
 
@@ -31,6 +38,7 @@ class LmdbStore:
 
     def __init__(self, path: str, read_only: bool = False) -> None:
         self.path = Path(path)
+        self._gate = _Gate()
         if read_only and not (self.path / "data.mdb").exists():
             raise StoreError(f"{path}: there is no store; run: vista summarize RUN --data DATA --store {path}")
         try:
@@ -41,11 +49,18 @@ class LmdbStore:
                 str(self.path), map_size=max(FIRST_MAP_BYTES, grown), max_dbs=2, max_readers=MAX_READERS,
                 readonly=read_only, create=not read_only, readahead=False,
             )  # fmt: skip
+        except (lmdb.Error, OSError) as error:
+            raise self._cannot_open(error) from error
+        try:
             self._env.reader_check()  # frees the slots of readers that were killed
             self._records = self._env.open_db(b"records", create=not read_only)
             self._facts = self._env.open_db(b"facts", create=not read_only)
-        except (lmdb.Error, OSError) as error:
-            raise StoreError(f"{path}: cannot be opened ({error}); check the path, its owner and free space") from error
+        except lmdb.Error as error:
+            self._env.close()  # or this process could not open it again
+            raise self._cannot_open(error) from error
+
+    def _cannot_open(self, error: Exception) -> StoreError:
+        return StoreError(f"{self.path}: cannot be opened ({error}); check the path, its owner and free space")
 
     # -- records
 
@@ -64,8 +79,12 @@ class LmdbStore:
         self._write(put)
 
     def get_many(self, kind: str, user_keys: Sequence[bytes], version: str) -> list[bytes | None]:
-        with self._reading() as transaction:  # one transaction: all records from one moment
-            return [transaction.get(record_key(version, kind, user), db=self._records) for user in user_keys]
+        keys = [record_key(version, kind, user) for user in user_keys]  # one transaction: all from one moment
+
+        def get(transaction: lmdb.Transaction) -> list[bytes | None]:
+            return [cast("bytes | None", transaction.get(key, db=self._records)) for key in keys]
+
+        return self._read(get)
 
     def delete(self, user_key: bytes, version: str | None = None) -> int:
         def remove(transaction: lmdb.Transaction) -> int:
@@ -81,17 +100,23 @@ class LmdbStore:
 
     def scan(self, kind: str, version: str) -> Iterator[tuple[bytes, bytes]]:
         prefix = record_key(version, kind, b"")
-        with self._reading() as transaction, transaction.cursor(db=self._records) as cursor:
-            if not cursor.set_range(prefix):
-                return
-            for key, blob in cursor:
-                if not key.startswith(prefix):
-                    return
-                yield key[len(prefix) :], blob
+
+        def part(transaction: lmdb.Transaction) -> list[tuple[bytes, bytes]]:
+            with transaction.cursor(db=self._records) as cursor:
+                rows = islice(cursor, SCAN_RECORDS) if cursor.set_range(start) else ()
+                found = [(bytes(key), bytes(blob)) for key, blob in rows]
+            return [(key[len(prefix) :], blob) for key, blob in found if key.startswith(prefix)]
+
+        start = prefix
+        while found := self._read(part):
+            yield from found
+            start = prefix + found[-1][0] + b"\0"  # the first key there can be after it
 
     # -- versions
 
     def begin_version(self, version: str, num_tokens: int, width: int, expected_users: int) -> None:
+        check_version(version)
+
         def begin(transaction: lmdb.Transaction) -> None:
             info = self._info(transaction, version)
             if info is None:
@@ -115,12 +140,10 @@ class LmdbStore:
         self._write(complete)
 
     def versions(self) -> list[VersionInfo]:
-        with self._reading() as transaction:
-            return self._all_versions(transaction)
+        return self._read(self._all_versions)
 
     def published(self) -> str | None:
-        with self._reading() as transaction:
-            return self._pointer(transaction)["now"]
+        return self._read(self._pointer)["now"]
 
     def publish(self, version: str, force: bool = False) -> None:
         def flip(transaction: lmdb.Transaction) -> None:
@@ -145,6 +168,8 @@ class LmdbStore:
         return self._write(flip)
 
     def drop_version(self, version: str) -> int:
+        check_version(version)
+
         def drop(transaction: lmdb.Transaction) -> int:
             if version in self._pointer(transaction).values():
                 raise StoreError(f"version {version} is published or the one to roll back to; publish another first")
@@ -161,26 +186,36 @@ class LmdbStore:
 
     def _write(self, action: Callable[[lmdb.Transaction], Result]) -> Result:
         """Run an action in one transaction, with a larger map if it does not fit."""
+        try:
+            return self._run(action, write=True)
+        except lmdb.Error as error:
+            raise StoreError(
+                f"{self.path}: cannot be written ({error}); nothing of this write was kept. "
+                "Free space or check permissions, then run again"
+            ) from error
+
+    def _read(self, action: Callable[[lmdb.Transaction], Result]) -> Result:
+        """Run an action that sees the store as of one moment."""
+        try:
+            return self._run(action, write=False)
+        except lmdb.Error as error:
+            raise StoreError(
+                f"{self.path}: cannot be read ({error}); if the file is damaged, move it away and run vista summarize"
+            ) from error
+
+    def _run(self, action: Callable[[lmdb.Transaction], Result], write: bool) -> Result:
         while True:
             try:
-                with self._env.begin(write=True) as transaction:
+                with self._gate.shared(), self._env.begin(write=write) as transaction:
                     return action(transaction)
             except lmdb.MapFullError:
-                self._env.set_mapsize(self._env.info()["map_size"] * 2)
+                self._set_map(self._env.info()["map_size"] * 2)
             except lmdb.MapResizedError:
-                self._env.set_mapsize(0)  # take over the size another process has set
-            except lmdb.Error as error:
-                raise StoreError(
-                    f"{self.path}: cannot be written ({error}); nothing of this write was kept. "
-                    "Free space or check permissions, then run again"
-                ) from error
+                self._set_map(0)  # take over the size another process has set
 
-    def _reading(self) -> Any:
-        try:
-            return self._env.begin()
-        except lmdb.MapResizedError:
-            self._env.set_mapsize(0)
-            return self._env.begin()
+    def _set_map(self, num_bytes: int) -> None:
+        with self._gate.alone():
+            self._env.set_mapsize(num_bytes)
 
     def _info(self, transaction: lmdb.Transaction, version: str) -> VersionInfo | None:
         value = transaction.get(VERSION_PREFIX + version.encode(), db=self._facts)
@@ -206,7 +241,8 @@ class LmdbStore:
         transaction.put(POINTER, json.dumps(pointer).encode(), db=self._facts)
 
     def close(self) -> None:
-        self._env.close()
+        with self._gate.alone():
+            self._env.close()
 
     def __enter__(self) -> Self:
         return self
@@ -217,6 +253,49 @@ class LmdbStore:
         self.close()
 
 
+class _Gate:
+    """Many at a time (``shared``) or one that nobody else is beside (``alone``), among the threads of a process."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._num_inside = self._num_waiting = 0
+
+    @contextmanager
+    def shared(self) -> Iterator[None]:
+        with self._changed:
+            self._changed.wait_for(lambda: not self._num_waiting)  # or a stream of readers would shut out the one
+            self._num_inside += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._num_inside -= 1
+                self._changed.notify_all()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        with self._changed:
+            self._num_waiting += 1
+            try:
+                self._changed.wait_for(lambda: not self._num_inside)
+                yield
+            finally:
+                self._num_waiting -= 1
+                self._changed.notify_all()
+
+
+def check_version(version: str) -> None:
+    """Raise StoreError for what cannot be a model version: one that is the beginning of another would own its keys."""
+    if len(version.encode()) != VERSION_BYTES:
+        raise StoreError(f"version {version!r}: a model version has {VERSION_BYTES} bytes; it is in the run's folder")
+
+
 def record_key(version: str, kind: str, user_key: bytes) -> bytes:
-    """version | kind | user key."""
+    """version | kind | user key. Raises StoreError for what cannot be one of these."""
+    check_version(version)
+    if kind not in KINDS or len(user_key) > LONGEST_KEY:
+        raise StoreError(
+            f"kind {kind!r}, user key of {len(user_key)} bytes: known kinds are {KINDS}, a key has at most "
+            f"{LONGEST_KEY} bytes; make it with user_key"
+        )
     return version.encode() + bytes([KINDS.index(kind)]) + user_key

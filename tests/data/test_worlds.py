@@ -26,15 +26,17 @@ SMALL: dict[str, dict[str, Any]] = {
     "needle": {"min_age": 5, "likes": 4},
     "repetition": {"min_age": 5, "likes": 4},
     "membership": {"p_hit": 0.8, "p_miss": 0.2},
+    "membership of categories": {"by_category": True, "touched": 8, "zipf": 2.0, "recent_events": 16},
     "drift": {"phase_events": 40},
     "lifelong": {"phase_events": 40, "likes": 8},
 }
-NAMES = sorted(SMALL)
+CASES = sorted(SMALL)  # a world's name, perhaps followed by what is special about the case
+NAMES = sorted({case.split()[0] for case in CASES})
 Events = list[tuple[int, int, int, str]]  # time, item, category, action of one user, oldest first
 
 
-def small(name: str, **sizes: Any) -> WorldOptions:
-    settings = SMALL[name] | sizes.pop("settings", {})
+def small(case: str, **sizes: Any) -> WorldOptions:
+    settings = SMALL[case] | sizes.pop("settings", {})
     return WorldOptions(**{"users": 6, "events": 300, "requests": 16, "seed": 3} | sizes, settings=settings)
 
 
@@ -59,10 +61,10 @@ class Tables:
         return [(time, item, category[item], action) for _, item, time, action in rows]
 
 
-@pytest.fixture(scope="module", params=NAMES)
+@pytest.fixture(scope="module", params=CASES)
 def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tables:
     folder = tmp_path_factory.mktemp("worlds") / request.param
-    write_world(request.param, folder, small(request.param))
+    write_world(request.param.split()[0], folder, small(request.param))
     return Tables.read(folder)
 
 
@@ -74,7 +76,8 @@ def needle_score(before: Events, item: int, category: int, p: dict[str, Any]) ->
 
 
 def membership_score(before: Events, item: int, category: int, p: dict[str, Any]) -> float:
-    return p["p_hit"] if any(i == item for _, i, _, _ in before) else p["p_miss"]
+    is_touched = any(c == category if p["by_category"] else i == item for _, i, c, _ in before)
+    return p["p_hit"] if is_touched else p["p_miss"]
 
 
 def drift_score(before: Events, item: int, category: int, p: dict[str, Any]) -> float:

@@ -80,7 +80,7 @@ def test_one_user_equals_many(attention, memory):
 
 
 def test_slots_are_the_softmax_over_the_whole_history():
-    """One layer: the naive definition, a softmax over all events at once."""
+    """One layer: the naive definition, the norm of a softmax over all events at once."""
     model = summarizer(memory="slots", num_layers=1)
     layer = model.layers[0]
     events = histories([37])
@@ -88,7 +88,7 @@ def test_slots_are_the_softmax_over_the_whole_history():
         x = norm(model.embedding(events.item, events.action, events.timestamp_us, events.gap_us))
         k, v = split_heads(layer.key(x), 2), split_heads(layer.value(x), 2)
         logits = layer.reader.query @ k.transpose(-2, -1) * 6**-0.5
-        read = join_heads(logits.softmax(-1) @ v)
+        read = join_heads(norm(logits.softmax(-1) @ v))
         mass = (logits.logsumexp(-1) - torch.log(torch.tensor(37.0))).T
         s = model._fresh_seeds(model.extend(model.init_state(1), events).progress)[0]
         expected = norm(layer._add(s + layer.mass(mass), read))

@@ -7,7 +7,7 @@ so that a million events drift no further than ten thousand (`vista.ops.qla.add_
 
     sum     Z = phi(K)^T V; merge: add. The paper's memory; events and seeds read it.
     slots   each seed's softmax over all events, kept as (numerator, denominator, maximum); merge: rescale and add.
-            Seeds alone read it. The seeds' queries are constants, or the softmax would have to be taken again.
+            Read through norm, by seeds alone. Their queries are constants, or the softmax would have to be taken again.
 
 To add one: a class with these four methods, a line in `make_memory`, and a choice in config.py, from which
 tests/models/test_memory.py knows it and holds it to the contract.
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from vista.config import ModelConfig
-from vista.models.layers import split_heads
+from vista.models.layers import norm, split_heads
 from vista.ops.qla import add_compensated, carried, read_memory, rms_norm, segment_sums
 
 Running = tuple[Tensor, ...]
@@ -83,8 +83,9 @@ class SlotsMemory(nn.Module):
 
     Numerator (E) and denominator (1) are one tensor, since they are always summed together.
 
-    Naive definition, one head:  softmax(query_k . key_n / sqrt(E) over n) @ value.  The *mass*, log(sum of weights) -
-    log(number of events), tells how much of the history answered the seed: a mean alone forgets that.
+    Naive definition, one head:  norm(softmax(query_k . key_n / sqrt(E) over n) @ value).  The norm keeps the direction
+    alone: an event that answers the seed does not fade while others come that do not. The *mass*, log(sum of weights) -
+    log(number of events), tells beside it how much of the history answered.
     """
 
     names = ("slot_sums", "slot_maximum", "slot_residue")
@@ -123,7 +124,7 @@ class SlotsMemory(nn.Module):
         safe = denominator.masked_fill(is_empty, 1.0)
         log_count = num_events.clamp(min=1).to(denominator.dtype).log()[:, None, None]
         mass = (maximum + safe.log() - log_count).masked_fill(is_empty, 0.0)
-        return (numerator / safe[..., None]).to(v.dtype), mass.transpose(1, 2)
+        return norm(numerator).to(v.dtype), mass.transpose(1, 2)
 
 
 def make_memory(config: ModelConfig) -> SumMemory | SlotsMemory:

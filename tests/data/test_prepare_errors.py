@@ -355,7 +355,6 @@ WRITERS = {
     "vista.data.prepare.ArrayWriter.append": NO_SPACE,
     "vista.data.split.save_array": NO_SPACE,
     "vista.data.prepare.Manifest.save": NO_SPACE,
-    "polars.LazyFrame.sink_parquet": pl.exceptions.ComputeError("parquet: No space left on device (os error 28)"),
     "polars.DataFrame.write_parquet": pl.exceptions.ComputeError("parquet: No space left on device (os error 28)"),
     "vista.catalogue.Catalogue.save": SafetensorError("Error while serializing: I/O error: No space left on device"),
 }

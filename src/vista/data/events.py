@@ -197,7 +197,7 @@ def _likely_unit(values: pl.LazyFrame) -> str:
 
 @dataclass(frozen=True)
 class Survey:
-    """What one pass over the event log finds.
+    """What there is in the event log.
 
     users: columns user_id, num_events; items: column item_id; both sorted by id. actions: the values by first
     appearance in time, so that one which appears later changes no other's place.
@@ -257,7 +257,10 @@ class EventLog:
         return table.scan().select(chosen)
 
     def survey(self) -> Survey:
-        """Users, items and actions, in one streaming pass. Raises DataError for null ids and for a log without rows."""
+        """Users, items and actions. Raises DataError for null ids and for a log without rows.
+
+        A pass for each, which reads one column and streams: polars would keep what one pass for all has in common.
+        """
         log = self.lazy()
         queries = [
             log.group_by("user_id").agg(pl.len().cast(pl.Int64).alias("num_events")),
@@ -266,7 +269,7 @@ class EventLog:
         if self.has_actions:
             queries.append(log.group_by("action").agg(pl.col("ticks").min()))
         with explained(self.tables, self.columns):
-            users, items, *rest = pl.collect_all(queries, engine="streaming")
+            users, items, *rest = [query.collect(engine="streaming") for query in queries]
         for frame, column in ((users, self.columns.user), (items, self.columns.item)):
             if frame.to_series(0).null_count():
                 self._refuse_null(column)

@@ -172,12 +172,8 @@ def _partition(log: EventLog, survey: Survey, vocabulary: Vocabulary, target: in
         pl.Series("user", vocabulary.user_codes(survey.users["user_id"])),
         ((pl.col("num_events").cum_sum() - 1) // target).rank("dense").cast(pl.Int32).alias("part") - 1,
     )  # fmt: skip
+    users = users.select("user_id", "user", "part")
     items = survey.items.with_columns(pl.Series("item", vocabulary.item_codes(survey.items["item_id"])))
-    coded = (
-        log.lazy()
-        .join(users.lazy().select("user_id", "user", "part"), on="user_id", how="left", maintain_order="left")
-        .join(items.lazy(), on="item_id", how="left", maintain_order="left")
-    )
     columns = [pl.col(name) for name in ("part", "user", "item", "ticks")]
     if log.has_actions:
         values = pl.Series(list(vocabulary.action_index), dtype=log.action_type)
@@ -185,10 +181,16 @@ def _partition(log: EventLog, survey: Survey, vocabulary: Vocabulary, target: in
         columns.append(pl.col("action").replace_strict(values, indices, default=0, return_dtype=pl.Int16))
     columns += [pl.col(name) for name in ("burst", "event_id") if getattr(log.columns, name) is not None]
     with explained(log.tables, log.columns):
-        coded.select(columns).sink_parquet(
-            pl.PartitionBy(folder, key="part", include_key=False, approximate_bytes_per_file=2**62),
-            compression="lz4", statistics=False, maintain_order=True, mkdir=True, engine="streaming",
-        )  # fmt: skip
+        # joined batch by batch: a join that keeps the order of a whole log keeps most of it in memory, too
+        batches = log.lazy().collect_batches(
+            chunk_size=CHUNK_EVENTS, maintain_order=True, lazy=True, engine="streaming"
+        )
+        for number, batch in enumerate(batches):
+            coded = batch.join(users, on="user_id", how="left", maintain_order="left")
+            coded = coded.join(items, on="item_id", how="left", maintain_order="left").select(columns)
+            for (part,), events in coded.partition_by("part", include_key=False, as_dict=True).items():
+                path = folder / f"part={part}" / f"{number:08}.parquet"
+                events.write_parquet(path, compression="lz4", statistics=False, mkdir=True)
     return int(users["part"].max()) + 1  # type: ignore[arg-type]
 
 

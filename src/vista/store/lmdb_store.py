@@ -3,8 +3,9 @@
 Layout: database ``records`` with keys  version (16 bytes) | kind (1 byte) | user key,  database ``facts`` with one
 JSON value per version and the publishing pointer. Every commit is one transaction and is on disk when it returns.
 
-The map, through which a process sees the file, grows when it is full. Growing it pulls it from under transactions of
-the same process, so it waits for them, and none is open while a caller holds the next part of a scan.
+Threads may share a store. Growing the map pulls it from under the transactions of the process, and py-lmdb's abort
+waits until no other thread is inside LMDB, perhaps for ever. So threads write one at a time, both keep readers out
+while they last, and no transaction is open while a caller holds a part of a scan.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class LmdbStore:
 
     def __init__(self, path: str, read_only: bool = False) -> None:
         self.path = Path(path)
-        self._gate = _Gate()
+        self._writing, self._readers = threading.Lock(), _Readers()
         if read_only and not (self.path / "data.mdb").exists():
             raise StoreError(f"{path}: there is no store; run: vista summarize RUN --data DATA --store {path}")
         try:
@@ -187,34 +188,48 @@ class LmdbStore:
     def _write(self, action: Callable[[lmdb.Transaction], Result]) -> Result:
         """Run an action in one transaction, with a larger map if it does not fit."""
         try:
-            return self._run(action, write=True)
+            with self._writing:
+                while True:
+                    try:
+                        return self._attempt(action)
+                    except lmdb.MapFullError:
+                        self._set_map(self._env.info()["map_size"] * 2)
+                    except lmdb.MapResizedError:
+                        self._set_map(0)  # take over the size another process has set
         except lmdb.Error as error:
             raise StoreError(
                 f"{self.path}: cannot be written ({error}); nothing of this write was kept. "
                 "Free space or check permissions, then run again"
             ) from error
 
+    def _attempt(self, action: Callable[[lmdb.Transaction], Result]) -> Result:
+        transaction = self._env.begin(write=True)
+        try:
+            result = action(transaction)
+            transaction.commit()
+        except BaseException:
+            with self._readers.kept_out():
+                transaction.abort()
+            raise
+        return result
+
     def _read(self, action: Callable[[lmdb.Transaction], Result]) -> Result:
         """Run an action that sees the store as of one moment."""
         try:
-            return self._run(action, write=False)
+            while True:
+                try:
+                    with self._readers.one(), self._env.begin() as transaction:
+                        return action(transaction)
+                except lmdb.MapResizedError:
+                    with self._writing:
+                        self._set_map(0)
         except lmdb.Error as error:
             raise StoreError(
                 f"{self.path}: cannot be read ({error}); if the file is damaged, move it away and run vista summarize"
             ) from error
 
-    def _run(self, action: Callable[[lmdb.Transaction], Result], write: bool) -> Result:
-        while True:
-            try:
-                with self._gate.shared(), self._env.begin(write=write) as transaction:
-                    return action(transaction)
-            except lmdb.MapFullError:
-                self._set_map(self._env.info()["map_size"] * 2)
-            except lmdb.MapResizedError:
-                self._set_map(0)  # take over the size another process has set
-
     def _set_map(self, num_bytes: int) -> None:
-        with self._gate.alone():
+        with self._readers.kept_out():
             self._env.set_mapsize(num_bytes)
 
     def _info(self, transaction: lmdb.Transaction, version: str) -> VersionInfo | None:
@@ -241,7 +256,7 @@ class LmdbStore:
         transaction.put(POINTER, json.dumps(pointer).encode(), db=self._facts)
 
     def close(self) -> None:
-        with self._gate.alone():
+        with self._writing, self._readers.kept_out():
             self._env.close()
 
     def __enter__(self) -> Self:
@@ -253,17 +268,17 @@ class LmdbStore:
         self.close()
 
 
-class _Gate:
-    """Many at a time (``shared``) or one that nobody else is beside (``alone``), among the threads of a process."""
+class _Readers:
+    """The threads that read now."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._num_inside = self._num_waiting = 0
+        self._num_inside, self._is_open = 0, True
 
     @contextmanager
-    def shared(self) -> Iterator[None]:
+    def one(self) -> Iterator[None]:
         with self._changed:
-            self._changed.wait_for(lambda: not self._num_waiting)  # or a stream of readers would shut out the one
+            self._changed.wait_for(lambda: self._is_open)
             self._num_inside += 1
         try:
             yield
@@ -273,14 +288,15 @@ class _Gate:
                 self._changed.notify_all()
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
+    def kept_out(self) -> Iterator[None]:
+        """When the last one has left, and until this ends. Only for who holds the lock of writers."""
         with self._changed:
-            self._num_waiting += 1
+            self._is_open = False
             try:
                 self._changed.wait_for(lambda: not self._num_inside)
                 yield
             finally:
-                self._num_waiting -= 1
+                self._is_open = True
                 self._changed.notify_all()
 
 

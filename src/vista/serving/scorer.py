@@ -18,11 +18,11 @@ import numpy as np
 import torch
 
 from vista.checkpoint import Run
-from vista.errors import StoreError
+from vista.errors import RecordError, StoreError
 from vista.models.inputs import Recent
 from vista.records import fill_recent
 from vista.store.contract import SummaryStore
-from vista.store.record import decode, user_key
+from vista.store.record import Record, decode, user_key
 
 US_PER_S = 1_000_000
 
@@ -74,7 +74,7 @@ class Scorer:
         for row, (user, blob) in enumerate(zip(users, blobs, strict=True)):
             if blob is None:
                 continue
-            record = decode(blob, self.run.version)
+            record = self._decode(user, blob)
             if record.arrays["tokens"].shape != tuple(tokens.shape[1:]):
                 raise StoreError(
                     f"user {user!r}: tokens of shape {record.arrays['tokens'].shape} in the store, the model's are "
@@ -84,6 +84,18 @@ class Scorer:
             fill_recent(recent, row, record)
             num_events[row], as_of_us[row] = record.num_events, record.as_of_us
         return UserSummaries(tokens, recent, num_events, as_of_us, np.array([blob is not None for blob in blobs]))
+
+    def _decode(self, user: Any, blob: bytes) -> Record:
+        try:
+            record = decode(blob, self.run.version)
+        except RecordError as error:
+            raise RecordError(f"user {user!r}: {error}") from error
+        if (record.kind, record.user_key) != ("tokens", user_key(user)):
+            raise RecordError(
+                f"user {user!r}: the store has a record of kind {record.kind!r} of user {record.user_key!r} in this "
+                "place; summarize again"
+            )
+        return record
 
     @torch.no_grad()
     def rank(

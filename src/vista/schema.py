@@ -33,6 +33,7 @@ from typing import Any
 from vista.errors import DataError, StaleOutput
 
 FORMAT_VERSION = 1
+JOURNAL = "forget.json"  # in a data folder while `vista forget` changes it: nothing else may read it then
 SPLITS = ("train", "validation", "test")
 SOURCES = ("given", "positive", "popularity", "category", "history")  # where an impression's candidate came from
 NUM_CONTEXT_BUCKETS = 1024  # values of a categorical context column are hashed into this many
@@ -76,6 +77,16 @@ class Manifest:
     @classmethod
     def load(cls, folder: Path) -> Manifest:
         """Read ``folder/manifest.json``. Raises DataError or StaleOutput, saying what to run."""
+        if (folder / JOURNAL).exists():
+            raise StaleOutput(
+                f"{folder}: vista forget is at work here or was interrupted ({folder / JOURNAL}); run it again, with "
+                "the same options: it completes what it began"
+            )
+        return cls.read(folder)
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """As ``load``, also of a folder that is being changed."""
         path = folder / "manifest.json"
         if not path.exists():
             what = (

@@ -23,6 +23,7 @@ from vista.cli.data import app as data
 from vista.cli.demo import demo
 from vista.cli.doctor import doctor
 from vista.cli.evaluate import evaluate
+from vista.cli.forget import forget
 from vista.cli.prepare import prepare
 from vista.cli.summarize import rank, summarize
 from vista.cli.train import train
@@ -107,6 +108,7 @@ app.command()(train)
 app.command()(evaluate)
 app.command()(summarize)
 app.command()(rank)
+app.command()(forget)
 app.command()(doctor)
 
 

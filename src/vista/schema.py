@@ -25,6 +25,7 @@ A *request* is one moment at which candidates were shown to one user; an *impres
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -67,6 +68,12 @@ class Manifest:
     options: dict[str, Any] = field(default_factory=dict)  # how it was prepared: sources, columns, inferred units
     checksums: dict[str, str] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of statistics and checksums: another one after every change of the data."""
+        text = json.dumps([self.statistics, self.checksums], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def save(self, folder: Path) -> None:
         """Write ``folder/manifest.json`` in one atomic step."""

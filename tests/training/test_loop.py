@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -173,6 +174,15 @@ def test_resuming_on_other_data_is_refused(data, tmp_path):
     )
     with pytest.raises(CheckpointError, match="other data"):
         train(PreparedData.open(other.folder), tmp_path / "run", config(train__max_steps=2), resume=True, quiet=True)
+
+
+def test_resuming_on_data_that_was_changed_is_refused(data, tmp_path):
+    """The order of users and the carried memory are those of the data as it was."""
+    before = write_world(tmp_path / "data")
+    train(before, tmp_path / "run", config(train__max_steps=2), quiet=True)
+    replace(before.manifest, statistics={"num_users": 29}).save(before.folder)
+    with pytest.raises(CheckpointError, match="was changed since it was started"):
+        train(PreparedData.open(before.folder), tmp_path / "run", config(train__max_steps=4), resume=True, quiet=True)
 
 
 def test_a_damaged_or_misfit_checkpoint_is_named(data, tmp_path):

@@ -38,8 +38,11 @@ def forget(
         typer.echo("completed another forgetting that was begun here")
     if report.was_pending:
         typer.echo("completed what an earlier call began")
+    is_nothing = not (report.num_events or report.num_requests)
     typer.echo(
-        f"removed {report.num_events:,} events, {report.num_requests:,} requests and {report.num_impressions:,} "
+        f"nothing to remove of user {', '.join(user)} in {data}"
+        if is_nothing
+        else f"removed {report.num_events:,} events, {report.num_requests:,} requests and {report.num_impressions:,} "
         f"impressions of user {', '.join(user)} from {data}"
     )
     typer.echo(

@@ -395,12 +395,12 @@ def _described(inputs: _Inputs, category: str | None) -> dict[str, Any]:
     }
 
 
-def verify(folder: Path) -> Manifest:
-    """Compare every file of a prepared data folder with its checksum.
+def verify(folder: Path, manifest: Manifest | None = None) -> Manifest:
+    """Compare every file of a prepared data folder with its checksum. manifest: the folder's own, where it is known.
 
     Raises StaleOutput naming the first file that is missing or changed.
     """
-    manifest = Manifest.load(folder)
+    manifest = manifest or Manifest.load(folder)
     missing = [name for name in manifest.checksums if not (folder / name).is_file()]
     if missing:
         raise StaleOutput(f"{folder / missing[0]} is missing; prepare the data again")

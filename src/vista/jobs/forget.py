@@ -206,7 +206,9 @@ def _complete(folder: Path, journal: Journal, models: Models, quiet: bool, was_p
     """Steps 3 to 7, from whatever point they had come to."""
     try:
         prepared.swap(folder)
-        data = PreparedData(folder, verify(folder) if was_pending else Manifest.read(folder), is_changing=True)
+        data = PreparedData(folder, Manifest.read(folder), is_changing=True)
+        if was_pending:
+            verify(folder, data.manifest)
         models.check(data)
         left = _histories_left(data, journal)
         with open_store(journal.store) as store:

@@ -46,8 +46,9 @@ from vista.progress import Progress
 
 @dataclass
 class Position:
-    """Where training stands; saved with every checkpoint."""
+    """Where training stands; saved with every checkpoint. data: fingerprint of the data in which that place is."""
 
+    data: str = ""
     step: int = 0
     epoch: int = 0
     elapsed_s: float = 0.0
@@ -90,6 +91,12 @@ def train(data: PreparedData, out: Path, config: Config, resume: bool = False, q
     trainer = Trainer(build_model(config.model, schema, data.catalogue), feeds, config, out)
     if resume:
         trainer.restore()
+        if trainer.position.data != data.manifest.fingerprint:
+            raise CheckpointError(
+                f"{out}: {data.folder} was changed since it was started (vista forget, or prepared again), and its "
+                "place in the data means nothing now: train anew"
+            )
+    trainer.position.data = data.manifest.fingerprint
     trainer.run(quiet)
     return out
 

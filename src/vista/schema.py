@@ -19,6 +19,7 @@
         source.npy               (num_impressions,) int8, an index into SOURCES
         context.npy              (num_impressions, X) float32: numbers as they are, categories as hash buckets
         best_score.npy           (num_impressions, T) float32, only in synthetic worlds: the true probability
+      forget.json                only while `vista forget` changes the folder; forget.partial/ beside it, new files
 
 A *request* is one moment at which candidates were shown to one user; an *impression* is one candidate of a request.
 """

@@ -118,8 +118,7 @@ class Removal:
 def find_removal(data: PreparedData, selection: Selection) -> Removal:
     """What is to go. Users the data does not know have nothing there. Raises DataError where no event would be left."""
     item = selection.item_index(data)
-    found = {data.user_index(user) for user in selection.users} - {None}
-    users = sorted(user for user in found if user is not None)
+    users = sorted({user for user_id in selection.users if (user := data.user_index(user_id)) is not None})
     log = data.histories
     events = {user: _selected_events(log, user, selection, item) for user in users}
     splits = {}

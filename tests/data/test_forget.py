@@ -104,13 +104,21 @@ def test_with_given_impressions_it_is_as_if_prepared_without(tmp_path: Path, sel
     assert sorted(p.name for p in found.folder.iterdir()) == sorted(p.name for p in wanted.folder.iterdir())
 
 
-def left_of(request: Request, selection: Selection, gone: list[int]) -> Request | None:
-    """A request made from events after the user's events at the times ``gone`` are removed, or None."""
+def left_of(request: Request, selection: Selection, events: list[tuple[Any, Any, int]]) -> Request | None:
+    """A request made from events after some of its user's events are removed, or None."""
     if str(request.user) not in map(str, selection.users):
         return request
     if selection.item is None and is_selected(selection, request.user, None, request.time_us):
         return None
-    stay = [n for n, item in enumerate(request.items) if str(item) != str(selection.item)]
+    gone = [time_us for item, _, time_us in events if is_selected(selection, request.user, item, time_us)]
+    met = {
+        item for item, _, time_us in events
+        if time_us < request.time_us and not is_selected(selection, request.user, item, time_us)
+    }  # fmt: skip
+    stay = [
+        n for n, (item, source) in enumerate(zip(request.items, request.sources, strict=True))
+        if str(item) != str(selection.item) and (source != "history" or item in met)
+    ]  # fmt: skip
     if request.positive not in [request.items[n] for n in stay] or len(stay) < 2:
         return None
     names = ("items", "indices", "labels", "sources", "context")
@@ -120,15 +128,17 @@ def left_of(request: Request, selection: Selection, gone: list[int]) -> Request 
 
 @pytest.mark.usefixtures("_parts")
 def test_requests_made_from_events_go_with_their_positive(tmp_path: Path, selection: Selection) -> None:
-    data = prepared(tmp_path, small_log(), popularity_negatives=1)
+    """And negatives from the user's own past with the events that made them so."""
+    data = prepared(tmp_path, small_log(items=12), popularity_negatives=1, history_negatives=2)
     histories, requests = histories_of(data), requests_of(data)
     found = remove(data, selection)
-    gone = {
-        user: [time_us for item, _, time_us in events if is_selected(selection, user, item, time_us)]
-        for user, events in histories.items()
-    }
-    left = [left_of(request, selection, gone[request.user]) for request in requests]
+    left = [left_of(request, selection, histories[request.user]) for request in requests]
     assert None in left
+    if selection.before_us:
+        assert any(
+            now and now.sources.count("history") < was.sources.count("history")
+            for was, now in zip(requests, left, strict=True)
+        ), "no negative lost its past"
     assert requests_of(found) == [request for request in left if request is not None]
     wanted = {
         user: [(item, action, us) for item, action, us in events if not is_selected(selection, user, item, us)]

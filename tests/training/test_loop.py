@@ -211,3 +211,12 @@ def test_the_version_depends_on_content_alone(data, tmp_path):
 def test_bfloat16_trains(data, tmp_path):
     run = train(data, tmp_path / "run", config(train__precision="bfloat16"), quiet=True)
     assert all(t.isfinite().all() for t in tensors(run, "model.safetensors").values())
+
+
+def test_resuming_a_finished_run_changes_nothing(data, tmp_path):
+    for name, changes in {"steps": {"train__max_steps": 6}, "stalled": {"train__patience": 1}}.items():
+        settings = config(**changes)
+        run = train(data, tmp_path / name, settings, quiet=True)
+        before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+        train(data, run, settings, resume=True, quiet=True)
+        assert {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()} == before

@@ -19,6 +19,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from vista.cli.benchmark import app as benchmark
 from vista.cli.data import app as data
 from vista.cli.demo import demo
 from vista.cli.doctor import doctor
@@ -103,6 +104,7 @@ def common(
 
 app.command()(demo)
 app.add_typer(data)
+app.add_typer(benchmark)
 app.command()(prepare)
 app.command()(train)
 app.command()(evaluate)

@@ -2,12 +2,13 @@
 
 A user's requests that come from what is removed go, too:
 
-    of one item       the user's impressions of it; a request made from events goes with its positive or its last
-                      negative, a given one with its last candidate
+    of one item       the user's impressions of it
     before a moment   requests before it
     all               all of the user's requests
+    always            negatives drawn from the user's own past that the user, without these events, had not met
 
-and of the other requests of the user, the number of events known before them falls. A user without events and requests
+A request made from events goes with its positive or its last negative, a given one with its last candidate. Of the
+requests that stay, the number of events known before them falls. A user without events and requests
 leaves the list of users, so that later users have other indices.
 
 Files are changed in this order; a kill anywhere is harmless:
@@ -124,7 +125,7 @@ def find_removal(data: PreparedData, selection: Selection) -> Removal:
     splits = {}
     for split in SPLITS:
         shown = data.impressions(split)
-        parts = [_of_user(shown, user, events[user] - int(log.offsets[user]), selection, item) for user in users]
+        parts = [_of_user(shown, user, _History.of(log, user, events[user]), selection, item) for user in users]
         splits[split] = _joined(parts)
     removal = Removal(_join(list(events.values())), _users_to_go(data, users, events, splits, selection), splits)
     if len(removal.events) and len(removal.events) == log.num_events:
@@ -144,26 +145,48 @@ def _selected_events(log: Histories, user: int, selection: Selection, item: int 
     return first + np.flatnonzero(log.timestamp_us[first:end] < selection.before_us)
 
 
-def _of_user(shown: Impressions, user: int, places: np.ndarray, selection: Selection, item: int | None) -> SplitRemoval:
-    """What goes of one user's requests in a split. places: of the removed events in the history, (n,)."""
+@dataclass(frozen=True)
+class _History:
+    """The items of one user's history, (n,), and the places in it of the events that go."""
+
+    item: np.ndarray
+    gone: np.ndarray
+
+    @classmethod
+    def of(cls, log: Histories, user: int, rows: np.ndarray) -> _History:
+        first, end = (int(o) for o in log.offsets[user : user + 2])
+        return cls(np.asarray(log.item[first:end]), rows - first)
+
+    def has_met(self, item: np.ndarray, known: np.ndarray) -> np.ndarray:
+        """Whether an event that stays, among the first ``known``, is of the item; all (m,)."""
+        left = np.delete(np.arange(len(self.item)), self.gone)
+        met, first = np.unique(self.item[left], return_index=True)
+        place = np.minimum(np.searchsorted(met, item), max(len(met) - 1, 0))
+        return (met[place] == item) & (left[first[place]] < known) if len(met) else np.zeros(len(item), bool)
+
+
+def _of_user(shown: Impressions, user: int, history: _History, selection: Selection, item: int | None) -> SplitRemoval:
+    """What goes of one user's requests in a split."""
     first, end = shown.of_user(user)
     bounds = np.asarray(shown.offsets[first : end + 1], np.int64)
-    gone = np.zeros(end - first, bool)
-    impressions = np.zeros(0, np.int64)
+    known = np.asarray(shown.num_known[first:end])
+    rows = slice(bounds[0], bounds[-1])
+    own_past = np.asarray(shown.source[rows]) == SOURCES.index("history")
+    is_gone = own_past & ~history.has_met(np.asarray(shown.item[rows]), np.repeat(known, np.diff(bounds)))
+    if item is not None:
+        is_gone |= np.asarray(shown.item[rows]) == item
+    gone = _spoilt(np.asarray(shown.source[rows]), is_gone, bounds - bounds[0])
     if selection.everything:
         gone[:] = True
-    elif item is None:
-        gone = np.asarray(shown.timestamp_us[first:end]) < selection.before_us
-    else:
-        is_item = np.asarray(shown.item[bounds[0] : bounds[-1]]) == item
-        gone = _spoilt(np.asarray(shown.source[bounds[0] : bounds[-1]]), is_item, bounds - bounds[0])
-        impressions = bounds[0] + np.flatnonzero(is_item)
-    requests = first + np.flatnonzero(gone)
+    elif selection.before_us is not None:
+        gone |= np.asarray(shown.timestamp_us[first:end]) < selection.before_us
     whole = ragged_rows(bounds[:-1][gone], np.diff(bounds)[gone])
-    known = np.asarray(shown.num_known[first:end])
-    fewer = known - np.searchsorted(places, known)
+    fewer = known - np.searchsorted(history.gone, known)
     changed = ~gone & (fewer != known)
-    return SplitRemoval(requests, np.union1d(impressions, whole), first + np.flatnonzero(changed), fewer[changed])
+    return SplitRemoval(
+        first + np.flatnonzero(gone), np.union1d(bounds[0] + np.flatnonzero(is_gone), whole),
+        first + np.flatnonzero(changed), fewer[changed],
+    )  # fmt: skip
 
 
 def _spoilt(source: np.ndarray, is_gone: np.ndarray, offsets: np.ndarray) -> np.ndarray:

@@ -145,6 +145,9 @@ class Trainer:
     def run(self, quiet: bool = False) -> None:
         """Train to the end: last step or epoch, time budget, or no better validation for long enough."""
         settings, checkpoint_s = self.config.train, time.monotonic()
+        if self._is_over():  # a finished run was resumed: one more step would not be that of an uninterrupted one
+            self.writer.close()
+            return
         done = self.position.step
         progress = Progress("train", total=self.total_steps, unit="steps", quiet=quiet, done=done)
         with progress, stop_on_interrupt() as interrupted:
@@ -153,16 +156,14 @@ class Trainer:
                 self.train_step(step)
                 progress.advance(1)
                 self.position.elapsed_s = before + time.monotonic() - started
-                is_last = self._is_over()
-                if is_last or self.position.step % settings.validate_every_steps == 0:
-                    facts = self._validate()
-                    progress.update(**facts)
-                if is_last or interrupted() or time.monotonic() - checkpoint_s > settings.checkpoint_every_s:
+                if self._is_over() or self.position.step % settings.validate_every_steps == 0:
+                    progress.update(**self._validate())
+                if self._is_over() or interrupted() or time.monotonic() - checkpoint_s > settings.checkpoint_every_s:
                     self.save(step)
                     checkpoint_s = time.monotonic()
                 if interrupted():
                     raise KeyboardInterrupt(f"checkpoint of step {self.position.step} kept in {self.out}")
-                if is_last or self.position.validations_without_gain >= settings.patience:
+                if self._is_over():
                     break
         if self.position.best_step == 0:  # nothing was ever better than infinity: keep what there is
             self._keep_best()
@@ -181,7 +182,8 @@ class Trainer:
 
     def _is_over(self) -> bool:
         budget = self.config.train.time_budget_s
-        return self.position.step >= self.total_steps or (budget > 0 and self.position.elapsed_s >= budget)
+        has_stalled = self.position.validations_without_gain >= self.config.train.patience
+        return has_stalled or self.position.step >= self.total_steps or 0 < budget <= self.position.elapsed_s
 
     def train_step(self, step: Step) -> None:
         """One optimizer step on one batch."""

@@ -134,14 +134,5 @@ def rank_catalogue(run: Run, feed: Feed, quiet: bool = False) -> Metrics:
 
 def with_candidates(requests: Requests, rows: torch.Tensor, items: torch.Tensor) -> Requests:
     """Some requests, each with all ``items`` (n,) as candidates."""
-    num_context = requests.context.shape[-1]
-    return Requests(
-        summary=requests.summary[rows],
-        recent=requests.recent[rows],
-        recent_item=requests.recent_item[rows],
-        recent_us=requests.recent_us[rows],
-        timestamp_us=requests.timestamp_us[rows],
-        num_known=requests.num_known[rows],
-        candidate=items.expand(len(rows), -1),
-        context=torch.full((len(rows), len(items), num_context), torch.nan),
-    )
+    context = torch.full((len(rows), len(items), requests.context.shape[-1]), torch.nan)
+    return replace(requests.rows(rows), candidate=items.expand(len(rows), -1), context=context)

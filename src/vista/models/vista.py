@@ -16,6 +16,13 @@ import torch
 from torch import Tensor
 
 from vista.config import ModelConfig
+from vista.models.baselines.base import Baseline
+from vista.models.baselines.din import DIN
+from vista.models.baselines.hstu import HSTU
+from vista.models.baselines.pooling import MeanPooling
+from vista.models.baselines.sasrec import SASRec
+from vista.models.baselines.sim import SIM
+from vista.models.baselines.twin import TWIN
 from vista.models.batch import Memory, Output, Requests, TimelineBatch
 from vista.models.counts import CountsModel
 from vista.models.embeddings import EventEmbedding, ItemEmbedding, ItemTables
@@ -207,5 +214,18 @@ def make_model(
             return SequenceModel(config, tables, num_actions, num_tasks, context, num_counts)
         case "counts":
             return CountsModel(config, num_tasks, context, num_counts)
+        case "mean":
+            family: type[Baseline] = MeanPooling
+        case "din":
+            family = DIN
+        case "sim":
+            family = SIM
+        case "twin":
+            family = TWIN
+        case "sasrec":
+            family = SASRec
+        case "hstu":
+            family = HSTU
         case _:
             raise AssertionError(config.model)
+    return family(config, tables, num_actions, num_tasks, context, num_counts)

@@ -212,6 +212,10 @@ class Trainer:
             error = output.reconstruction.mean()
             facts["reconstruction"] = float(error.detach())
             loss = loss + self.config.train.reconstruction_weight * error
+        if output.auxiliary is not None:
+            auxiliary = multi_task_loss(output.auxiliary, step.batch.label, step.batch.is_valid)
+            facts["auxiliary_log_loss"] = float(auxiliary.detach())
+            loss = loss + auxiliary
         return loss, facts | {"loss": float(loss.detach())}
 
     def _rate_factor(self) -> float:

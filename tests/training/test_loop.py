@@ -15,7 +15,7 @@ import torch
 
 from tests.training.worlds import SMALL, write_world
 from vista.checkpoint import load_run, read_tensors, write_tensors
-from vista.config import Config, resolve
+from vista.config import MODELS, Config, resolve
 from vista.data.histories import PreparedData
 from vista.errors import CheckpointError, StaleOutput, TrainingError
 from vista.training import loop
@@ -59,22 +59,24 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
     monkeypatch.setattr(loop.Trainer, "train_step", interrupt)
 
 
-@pytest.mark.parametrize("model", ["vista", "recent", "counts"])
+@pytest.mark.parametrize("model", [*MODELS, "vista+counts", "mean+counts"])
 def test_every_model_learns(data, tmp_path, model):
     settings = {
-        "train__max_steps": 150,
+        "train__max_steps": 60,
         "model__model": model,
-        "train__validate_every_steps": 50,
+        "model__search": "soft",
+        "train__validate_every_steps": 20,
         "train__max_epochs": 99,
     }
     train(data, tmp_path / "run", config(**settings), quiet=True)
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in log] == [50, 100, 150]
+    assert [line["step"] for line in log] == [20, 40, 60]
     assert log[-1]["log_loss"] < log[0]["log_loss"]
+    assert ("auxiliary_log_loss" in log[-1]) == (model == "sim")
     assert load_run(tmp_path / "run").version
 
 
-@pytest.mark.parametrize("model", ["vista", "recent"])
+@pytest.mark.parametrize("model", ["vista", "recent", "sasrec+counts"])
 @pytest.mark.parametrize("stop", [1, 7, 15])
 def test_an_interrupted_run_resumes_to_the_same_weights(data, tmp_path, monkeypatch, model, stop):
     """Stops fall before and after validations and inside epochs with lanes under way."""

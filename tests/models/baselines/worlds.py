@@ -18,7 +18,7 @@ from vista.models.model import Model
 from vista.models.vista import make_model
 
 NUM_COUNTS = 3
-HISTORY, TOP_K = 24, 5  # shorter than the longest histories of the world
+HISTORY, TOP_K = 24, 2  # shorter than the longest histories of the world, and than what a search finds
 
 
 def feed_of(model: str, train: bool = False, **changes: object) -> Feed:

@@ -10,10 +10,11 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from tests.training.worlds import SMALL, write_world
+from tests.training.worlds import EVENTS_PER_USER, SMALL, write_world
 from vista.checkpoint import load_run, read_tensors, write_tensors
 from vista.config import MODELS, Config, resolve
 from vista.data.histories import PreparedData
@@ -149,6 +150,22 @@ def test_labels_that_never_vary_are_refused(tmp_path, label):
     with pytest.raises(TrainingError, match=f"task 'click' is {label} in all"):
         train(constant, tmp_path / "run", config(), quiet=True)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("model", ["vista", "hstu+counts"])
+def test_long_histories_before_the_first_request_are_read_without_a_step(tmp_path, model):
+    """As where shown items were logged for the last weeks alone: whole batches hold events, but no request."""
+    late = write_world(tmp_path / "data")
+    for split in ("train", "validation", "test"):
+        folder = tmp_path / "data" / "impressions" / split
+        known = np.load(folder / "num_known.npy")
+        np.save(folder / "num_known.npy", np.full_like(known, EVENTS_PER_USER - 1))
+        times = late.histories.timestamp_us.reshape(-1, EVENTS_PER_USER)[np.load(folder / "user.npy"), -1]
+        np.save(folder / "timestamp_us.npy", times)
+    settings = config(model__model=model, train__window_segments=1, train__max_steps=8)
+    run = train(PreparedData.open(late.folder), tmp_path / "run", settings, quiet=True)
+    assert read_tensors(run / "training.safetensors")[1]["step"] == 8
+    assert all(t.isfinite().all() for t in tensors(run, "model.safetensors").values())
 
 
 def test_a_loss_that_is_not_finite_is_named(data, tmp_path):

@@ -107,6 +107,16 @@ def test_a_batch_without_requests_is_scored_as_nothing(name):
 
 
 @every_model
+def test_a_single_impression_can_be_trained_on(name):
+    """The last batch of an epoch may hold no more."""
+    feed = with_train(feed_of(name, train=True), requests_per_step=1)
+    model = model_for(feed).train()
+    step = next(step for step in TimelineWalk(feed) if step.batch.is_valid.sum() == 1)
+    logits = model(step.batch, model.init_memory(len(step.users))).logits[step.batch.is_valid]
+    assert logits.isfinite().all()
+
+
+@every_model
 def test_saved_and_loaded_it_scores_the_same(name, tmp_path):
     feed = feed_of(name)
     model, other = model_for(feed, seed=0), model_for(feed, seed=1)
@@ -158,6 +168,31 @@ def test_the_gradient_is_the_same_in_pieces(name, monkeypatch):
     assert whole.keys() == in_pieces.keys()
     for key, value in whole.items():
         torch.testing.assert_close(in_pieces[key], value, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["din", "sim", "twin", "hstu"])
+def test_pieces_are_not_kept_for_the_gradient(name, monkeypatch):
+    """What a step keeps does not grow with requests x candidates x events: pieces are made again on the way back."""
+    feed = feed_of(name, train=True)
+    model = model_for(feed).train()
+    step = next(iter(TimelineWalk(feed, seed=2)))
+
+    def kept() -> int:
+        total = 0
+
+        def count(tensor: torch.Tensor) -> torch.Tensor:
+            nonlocal total
+            total += tensor.numel()
+            return tensor
+
+        rows, _ = model.prepare(step.batch, ())
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            model.rank(rows, step.batch.requests)
+        return total
+
+    whole = kept()
+    monkeypatch.setattr(base, "NUMBERS_PER_PIECE", 5000)
+    assert kept() < whole / 2
 
 
 @pytest.mark.parametrize("name", ["sasrec", "hstu"])

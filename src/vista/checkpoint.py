@@ -29,8 +29,8 @@ from torch import Tensor
 from vista.catalogue import Catalogue
 from vista.config import Config, ModelConfig
 from vista.errors import CheckpointError
-from vista.models.counts import CountsModel
 from vista.models.embeddings import ItemTables
+from vista.models.model import Model
 from vista.models.vista import SequenceModel, make_model
 from vista.schema import ContextColumn, Manifest
 
@@ -69,7 +69,7 @@ class ModelSchema:
         return [known.get(str(value), 0) for value in actions]
 
 
-def build_model(config: ModelConfig, schema: ModelSchema, catalogue: Catalogue) -> SequenceModel | CountsModel:
+def build_model(config: ModelConfig, schema: ModelSchema, catalogue: Catalogue) -> Model:
     """A fresh model for this data."""
     return make_model(
         config,
@@ -89,18 +89,20 @@ class Run:
     config: Config
     schema: ModelSchema
     catalogue: Catalogue
-    model: SequenceModel | CountsModel
+    model: Model
     version: str
 
     @property
     def sequence_model(self) -> SequenceModel:
-        """The model, where it is one that summarizes or ranks from events. Raises CheckpointError for ``counts``."""
-        if not isinstance(self.model, SequenceModel):
+        """The model, where it ranks from what a store holds. Raises CheckpointError for one that reads more."""
+        model, config = self.model, self.config.model
+        if not isinstance(model, SequenceModel) or config.with_counts:
+            read = "exact counts" if config.with_counts else f"the last {config.history_events:,} events as they are"
             raise CheckpointError(
-                f"{self.folder}: a model of kind {self.config.model.model!r} reads counts, not events, and has nothing "
-                "to store; train one with --model vista or --model recent"
+                f"{self.folder}: a model of kind {config.model!r} reads {read}, which a store does not hold; train one "
+                "with --model vista or --model recent"
             )
-        return self.model
+        return model
 
     @property
     def summarizer(self) -> Any:

@@ -13,12 +13,15 @@ from typing import Any
 
 from vista.errors import ConfigError, nearest
 
+MODELS = ("vista", "recent", "counts", "mean", "din", "sim", "twin", "sasrec", "hstu")
+WITH_COUNTS = "+counts"  # behind the name of a model
+
 
 @dataclass(frozen=True)
 class ModelConfig:
     """What the network is. Letters in brackets are the shape letters of docs/conventions.md."""
 
-    model: str = "vista"  # vista; recent: the same ranker without a summary; counts: exact counts, no sequence model
+    model: str = "vista"  # one of MODELS; with "+counts" behind it, the head reads exact counts as well
     attention: str = (
         "qla"  # how events attend to events: qla, or softmax (within the segment; over all with scope full)
     )
@@ -32,12 +35,33 @@ class ModelConfig:
     width: int = 64  # [D]
     num_heads: int = 4  # [H]; the head width E is width / num_heads
     recent_events: int = 128  # [R] newest raw events given to the ranker; at least the largest staleness in events
+    history_events: int = 1024  # [R] newest raw events that models without a summary (docs/baselines.md) read
+    top_k: int = 128  # models sim and twin: events that the search leaves to the exact stage
+    search: str = "hard"  # model sim: hard (events of the candidate's category) or soft (largest inner product)
+    encoder_layers: int = 2  # models sasrec and hstu: layers of the encoder
     ranker_layers: int = 2  # target attention blocks
     expansion: int = 2  # hidden width of the gated units, in multiples of width
     head_width: int = 64  # hidden width of the task heads
     dropout: float = 0.0  # share of ranker activations dropped in training
     count_last_events: int = 0  # model counts: count in the last so many events only; 0: in the whole history
     decoder_layers: int = 1  # blocks of the reconstruction decoder (training only)
+
+    @property
+    def kind(self) -> str:
+        """The model without ``+counts``."""
+        return self.model.removesuffix(WITH_COUNTS)
+
+    @property
+    def with_counts(self) -> bool:
+        """Whether exact counts are read."""
+        return self.model.endswith("counts")
+
+    @property
+    def raw_events(self) -> int:
+        """[R] newest events before a request that the model reads as they are."""
+        return {"vista": self.recent_events, "recent": self.recent_events, "counts": 0}.get(
+            self.kind, self.history_events
+        )
 
 
 @dataclass(frozen=True)
@@ -97,7 +121,8 @@ SIZES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 _CHOICES = {
-    "model.model": ("vista", "recent", "counts"),
+    "model.model": (*MODELS, *(name + WITH_COUNTS for name in MODELS if name != "counts")),
+    "model.search": ("hard", "soft"),
     "model.attention": ("qla", "softmax"),
     "model.memory": ("sum", "slots"),
     "model.scope": ("segment", "full"),
@@ -176,10 +201,15 @@ def _check(config: Config) -> None:
     if model.width % model.num_heads:
         raise ConfigError(f"width {model.width} is not a multiple of num_heads {model.num_heads}")
     needed = model.segment_events * (1 + train.max_stale_segments)
-    if model.model == "vista" and model.recent_events < needed:
+    if model.kind == "vista" and model.recent_events < needed:
         raise ConfigError(
             f"recent_events {model.recent_events} is below segment_events x (1 + max_stale_segments) = {needed}: "
             "some events would be in neither the summary nor the recent events; raise it or lower the others"
+        )
+    if model.kind in ("sim", "twin") and model.top_k > model.history_events:
+        raise ConfigError(
+            f"top_k {model.top_k} is above history_events {model.history_events}: the search of {model.kind} has no "
+            "more events than that to choose from; raise history_events or lower top_k"
         )
 
 

@@ -13,7 +13,7 @@ from vista.data.histories import PreparedData
 def make_feed(data: PreparedData, config: Config, split: str) -> tuple[Feed, tuple[str, ...]]:
     """The feed of one split, with count features where the model reads them."""
     impressions = data.impressions(split)
-    if config.model.model != "counts":
+    if not config.model.with_counts:
         return Feed(data.histories, impressions, config), ()
     counts = CountFeatures.of(data, impressions, config.model.count_last_events or None)
     return Feed(data.histories, impressions, config, count_features=counts), counts.feature_names

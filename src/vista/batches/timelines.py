@@ -224,7 +224,8 @@ class BatchBuilder:
         known = self.feed.impressions.num_known
         last_known = np.where(end_request > first_request, known[np.maximum(end_request - 1, 0)], 0)
         event_end = np.maximum(last_segment * size, last_known)
-        reach = first_segment * size if self.model.scope == "full" else self.model.recent_events
+        reads_all = self.model.kind == "vista" and self.model.scope == "full"
+        reach = first_segment * size if reads_all else self.model.raw_events
         event_start = np.maximum(first_segment * size - reach, 0)
         offsets = np.concatenate([[0], np.cumsum(event_end - event_start)])
         history_start = self.feed.histories.offsets[user].astype(np.int64)
@@ -293,7 +294,7 @@ class BatchBuilder:
         is_there = column < lengths[:, None]
         impression = np.where(is_there, first[:, None] + column, -1)
         flat = impression[is_there]
-        newest = np.arange(-self.model.recent_events, 0)
+        newest = np.arange(-self.model.raw_events, 0)
         place = known[:, None] + newest
         recent = np.where(place >= 0, place + rows.batch_row[lane][:, None], -1)
         log_row = np.maximum(place, 0) + rows.history_start[lane][:, None]
@@ -333,7 +334,7 @@ class BatchBuilder:
     def _draw_windows(self, rows: Rows) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Reconstruction windows: lane, border (segment) and first event within the history, each (P,)."""
         nothing = np.zeros(0, np.int64)
-        if not self.feed.train or self.train.reconstruction_weight == 0 or self.model.model != "vista":
+        if not self.feed.train or self.train.reconstruction_weight == 0 or self.model.kind != "vista":
             return nothing, nothing, nothing
         long_enough = rows.last_segment * self.model.segment_events >= self.train.reconstruction_events
         lane = np.flatnonzero(long_enough & (rows.last_segment > rows.first_segment))

@@ -21,7 +21,6 @@ from vista.evaluation.scoring import score
 from vista.evaluation.slices import ScoredImpressions
 from vista.evaluation.tables import BEST_POSSIBLE
 from vista.models.batch import Requests
-from vista.models.vista import SequenceModel
 from vista.progress import Progress
 
 RANKED_AT_ONCE = 65_536  # candidates x requests scored together in full ranking: some hundred megabytes
@@ -70,12 +69,19 @@ def best_possible(data: PreparedData, split: str = "test") -> Evaluation | None:
 def model_name(run: Run) -> str:
     """How tables call the model: its kind, and what it has of its own."""
     model = run.config.model
-    if model.model == "counts":
-        return f"counts of the last {model.count_last_events:,}" if model.count_last_events else "counts"
-    if model.model == "recent":
-        return f"recent {model.recent_events}"
-    scope = "full" if model.scope == "full" else model.memory
-    return f"vista {model.attention} {scope}"
+    match model.kind:
+        case "vista":
+            what = f"{model.attention} {'full' if model.scope == 'full' else model.memory}"
+        case "recent":
+            what = str(model.recent_events)
+        case "counts":
+            what = f"of the last {model.count_last_events:,}" if model.count_last_events else ""
+        case "sim" | "twin":
+            search = f"{model.search} " if model.kind == "sim" else ""
+            what = f"{search}{model.top_k:,} of {model.history_events:,}"
+        case _:
+            what = f"{model.history_events:,}"
+    return f"{model.model} {what}".rstrip()
 
 
 def describe(data: PreparedData, split: str, impressions: Impressions) -> dict[str, Any]:
@@ -101,7 +107,7 @@ def rank_catalogue(run: Run, feed: Feed, quiet: bool = False) -> Metrics:
     Ties count against the positive. Context columns, which an item that was not shown does not have, are left out.
     """
     model = run.model
-    if not isinstance(model, SequenceModel):
+    if run.config.model.with_counts:
         raise ConfigError(
             f"{run.folder}: full ranking needs a score of every item for every request; a model of kind "
             f"{run.config.model.model!r} reads counts made for the shown ones alone; leave out --full-ranking"
@@ -111,14 +117,13 @@ def rank_catalogue(run: Run, feed: Feed, quiet: bool = False) -> Metrics:
     with Progress("rank all items", total=walk.num_requests, unit="requests", quiet=quiet) as progress:
         for step in walk:
             batch = step.batch
-            event_x = model.embed(batch.events)
-            tokens, memory = model.summaries(batch, event_x, carry.gather(step, model.init_memory(len(step.users))))
+            prepared, memory = model.prepare(batch, carry.gather(step, model.init_memory(len(step.users))))
             carry.keep(step, memory)
             is_positive = (batch.label[..., 0] > 0) & batch.is_valid
             chosen = (is_positive.sum(1) == 1).nonzero().squeeze(1)
             positive = batch.requests.candidate.gather(1, is_positive.long().argmax(1, keepdim=True)).squeeze(1)
             for rows in chosen.split(max(1, RANKED_AT_ONCE // len(items))):
-                logits = model.rank(tokens, event_x, with_candidates(batch.requests, rows, items))[..., 0].double()
+                logits = model.rank(prepared, with_candidates(batch.requests, rows, items))[..., 0].double()
                 column = (positive[rows] - run.catalogue.first_item)[:, None]
                 of_positive = logits.gather(1, column).squeeze(1)
                 others = logits.scatter(1, column, -torch.inf)
@@ -129,14 +134,5 @@ def rank_catalogue(run: Run, feed: Feed, quiet: bool = False) -> Metrics:
 
 def with_candidates(requests: Requests, rows: torch.Tensor, items: torch.Tensor) -> Requests:
     """Some requests, each with all ``items`` (n,) as candidates."""
-    num_context = requests.context.shape[-1]
-    return Requests(
-        summary=requests.summary[rows],
-        recent=requests.recent[rows],
-        recent_item=requests.recent_item[rows],
-        recent_us=requests.recent_us[rows],
-        timestamp_us=requests.timestamp_us[rows],
-        num_known=requests.num_known[rows],
-        candidate=items.expand(len(rows), -1),
-        context=torch.full((len(rows), len(items), num_context), torch.nan),
-    )
+    context = torch.full((len(rows), len(items), requests.context.shape[-1]), torch.nan)
+    return replace(requests.rows(rows), candidate=items.expand(len(rows), -1), context=context)

@@ -9,8 +9,7 @@ import torch
 
 from vista.batches.timelines import Feed, MemoryCarry, TimelineWalk
 from vista.config import TrainConfig
-from vista.models.counts import CountsModel
-from vista.models.vista import SequenceModel
+from vista.models.model import Model
 from vista.progress import Progress
 
 SCORING_REQUESTS = 512  # requests of one batch
@@ -27,7 +26,7 @@ class Scores:
 
 
 @torch.no_grad()
-def score(model: SequenceModel | CountsModel, feed: Feed, label: str = "score", quiet: bool = False) -> Scores:
+def score(model: Model, feed: Feed, label: str = "score", quiet: bool = False) -> Scores:
     """Probabilities of every impression of ``feed``, each from the newest summary border before its request."""
     was_training = model.training
     model.eval()

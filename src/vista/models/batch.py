@@ -1,13 +1,13 @@
 """A training or evaluation batch: stretches of some users' timelines, with the requests that fall into them.
 
 Shape letters: B lanes (users in the batch), N event rows, G segments, S events in a segment, M summaries, K summary
-tokens, R recent events, Q requests, C candidates, T tasks, X context columns, F count features, P windows, W events
+tokens, R raw events, Q requests, C candidates, T tasks, X context columns, F count features, P windows, W events
 of a window.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ Memory = tuple[LayerMemory, ...]  # one per layer
 
 @dataclass(frozen=True)
 class Requests(TensorGroup):
-    """Q requests, each with up to C candidates.
+    """Q requests, each with up to C candidates and R raw events: as many as the model reads.
 
     summary       (Q,) int64: the row of the summary tokens to read
     recent        (Q, R) int64: rows of the event vectors, newest last; -1 pads
@@ -43,6 +43,22 @@ class Requests(TensorGroup):
     candidate: Tensor
     context: Tensor
     counts: Tensor | None = None
+
+    def rows(self, chosen: slice | Tensor) -> Requests:
+        """Some of the requests."""
+        values = {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}
+        return replace(self, **{name: value[chosen] for name, value in values.items()})
+
+    def newest(self, size: int) -> Requests:
+        """The same with the newest ``size`` of the raw events alone."""
+        start = self.recent.shape[1] - size
+        names = ("recent", "recent_item", "recent_us")
+        return replace(self, **{name: getattr(self, name)[:, start:] for name in names})
+
+    def candidates(self, chosen: slice) -> Requests:
+        """The same with some of the candidates alone."""
+        counts = None if self.counts is None else self.counts[:, chosen]
+        return replace(self, candidate=self.candidate[:, chosen], context=self.context[:, chosen], counts=counts)
 
 
 @dataclass(frozen=True)
@@ -108,11 +124,18 @@ class TimelineBatch:
 
 @dataclass(frozen=True)
 class Output:
-    """logits (Q, C, T); each lane's memory after the batch; mean squared reconstruction error per window, or None."""
+    """What a model makes of a batch.
+
+    logits          (Q, C, T)
+    memory          each lane's memory after the batch
+    reconstruction  (P,) mean squared error per window, or None
+    auxiliary       (Q, C, T) logits of a second head that is trained with the first and never scored, or None
+    """
 
     logits: Tensor
     memory: Memory
     reconstruction: Tensor | None = None
+    auxiliary: Tensor | None = None
 
 
 def flatten(memory: Memory) -> list[Tensor]:

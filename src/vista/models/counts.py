@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from vista.config import ModelConfig
-from vista.models.batch import Memory, Output, Requests, TimelineBatch
+from vista.models.batch import Memory, Requests, TimelineBatch
 from vista.models.embeddings import ContextEncoder
+from vista.models.head import CountsEncoder
+from vista.models.model import Model
 from vista.schema import ContextColumn
 
 
-class CountsModel(nn.Module):
+class CountsModel(Model):
     """Two hidden layers on standardised counts and context."""
 
     def __init__(
@@ -26,25 +28,17 @@ class CountsModel(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        self.standardise = nn.BatchNorm1d(num_counts, affine=False)
+        self.counts = CountsEncoder(num_counts)
         self.context = ContextEncoder(context)
         self.first = nn.Linear(num_counts + self.context.width, config.head_width)
         self.second = nn.Linear(config.head_width, config.head_width)
         self.head = nn.Linear(config.head_width, num_tasks)
 
-    def forward(self, batch: TimelineBatch, memory: Memory) -> Output:
-        """Score a batch; there is no memory to carry."""
-        return Output(self.rank(batch.requests), ())
+    def prepare(self, batch: TimelineBatch, memory: Memory) -> tuple[None, Memory]:
+        """Nothing: requests share nothing but the weights."""
+        return None, ()
 
-    def init_memory(self, num_lanes: int) -> Memory:
-        return ()
-
-    def rank(self, requests: Requests) -> Tensor:
+    def rank(self, prepared: None, requests: Requests) -> Tensor:
         """Logits (Q, C, T)."""
-        counts = requests.counts
-        assert counts is not None
-        is_valid = requests.candidate > 0  # padding must not enter the running statistics
-        x = torch.zeros_like(counts)
-        x[is_valid] = self.standardise(counts[is_valid])
-        x = silu(self.first(torch.cat([x, self.context(requests.context)], -1)))
+        x = silu(self.first(torch.cat([self.counts(requests), self.context(requests.context)], -1)))
         return self.head(silu(self.second(x)))

@@ -122,6 +122,7 @@ class ContextEncoder(nn.Module):
 
     def __init__(self, columns: tuple[ContextColumn, ...]) -> None:
         super().__init__()
+        self.num_columns = len(columns)
         self.numbers = [i for i, column in enumerate(columns) if column.kind == "number"]
         self.categories = [i for i, column in enumerate(columns) if column.kind == "category"]
         self.register_buffer("mean", torch.tensor([columns[i].mean for i in self.numbers]), persistent=False)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from vista.config import ModelConfig
 from vista.models.batch import Requests
 from vista.models.embeddings import GAP_BUCKETS, ContextEncoder, gap_bucket
-from vista.models.inputs import US_PER_S
+from vista.models.head import Head
 from vista.models.layers import GatedUnit, aligned, norm, split_heads
 from vista.schema import ContextColumn
 
@@ -86,17 +86,15 @@ class UserCache:
 class Ranker(nn.Module):
     """Candidates x (summary tokens, recent events) to one logit per task."""
 
-    def __init__(self, config: ModelConfig, num_tasks: int, context: tuple[ContextColumn, ...]) -> None:
+    def __init__(
+        self, config: ModelConfig, num_tasks: int, context: tuple[ContextColumn, ...], num_counts: int = 0
+    ) -> None:
         super().__init__()
         self.config = config
         self.blocks = nn.ModuleList(TargetAttention(config) for _ in range(config.ranker_layers))
-        self.context = ContextEncoder(context)
+        encoder = ContextEncoder(context)
         self.target = nn.Parameter(0.1 * torch.randn(config.width))
-        self.head = nn.Sequential(
-            nn.Linear(2 * config.width + self.context.width + 2, config.head_width),
-            nn.SiLU(),
-            nn.Linear(config.head_width, num_tasks),
-        )
+        self.head = Head(config, encoder, config.width, num_tasks, num_counts)
 
     def prepare(self, tokens: Tensor, event_x: Tensor) -> UserCache:
         """Summary tokens (M, K, D) and event vectors (N, D), to their keys and values."""
@@ -109,17 +107,14 @@ class Ranker(nn.Module):
     def forward(self, cache: UserCache, requests: Requests, candidate_x: Tensor) -> Tensor:
         """Logits (Q, C, T). candidate_x (Q, C, D): the candidates' item vectors."""
         index, is_absent = requests.recent.clamp(min=0), requests.recent < 0
-        age_us = (requests.timestamp_us[:, None] - requests.recent_us).clamp(min=0)
-        age = gap_bucket(age_us)
+        age = gap_bucket((requests.timestamp_us[:, None] - requests.recent_us).clamp(min=0))
         same = (requests.candidate[:, None, :, None] == requests.recent_item[:, None, None, :]).float()
         x = candidate_x + self.target
         for block, tokens, recent in zip(self._blocks, cache.tokens, cache.recent, strict=True):
             bias = self._bias(block, age, is_absent) + same * block.same_item[:, None, None]
             k, v = (_gather(rows, index) for rows in recent)
             x = block(x, tuple(t[requests.summary] for t in tokens), (k, v), bias)
-        context = self.context(requests.context)
-        h = torch.cat([norm(x), norm(candidate_x), context, self._user_features(requests, age_us)], -1)
-        return self.head(h.to(x.dtype)).float()
+        return self.head(norm(x), candidate_x, requests)
 
     @property
     def _blocks(self) -> list[TargetAttention]:
@@ -132,13 +127,6 @@ class Ranker(nn.Module):
         place = torch.arange(size, 0, -1, device=age.device).float().log2().floor().long()
         bias = block.age_bias(age) + block.position_bias(place)
         return bias.masked_fill(is_absent[..., None], float("-inf")).transpose(1, 2)[:, :, None, :]
-
-    def _user_features(self, requests: Requests, age_us: Tensor) -> Tensor:
-        """(Q, C, 2): the length of the history and the time since its last event, log-scaled."""
-        last_age_s = age_us[:, -1] / US_PER_S if age_us.shape[1] else torch.zeros_like(requests.num_known)
-        last_age_s = last_age_s.float().masked_fill(requests.num_known == 0, 0.0)
-        features = torch.stack([requests.num_known.float().log1p(), last_age_s.log1p()], -1) / 10
-        return features[:, None, :].expand(-1, requests.candidate.shape[1], -1)
 
 
 def _gather(rows: Tensor, index: Tensor) -> Tensor:

@@ -2,29 +2,48 @@
 stages.
 
 ``vista`` is Summarizer + Ranker. ``recent`` is the same ranker without a summary: the control that shows what the
-summary is worth. ``counts`` is no sequence model at all (``vista.models.counts``).
+summary is worth. ``counts`` is no sequence model at all (``vista.models.counts``). The others are the field's
+(``vista.models.baselines``).
 
 Shape letters: B lanes, G segments, S events in a segment, M summaries, Q requests, C candidates, T tasks, P windows.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vista.config import ModelConfig
+from vista.models.baselines.base import Baseline
+from vista.models.baselines.din import DIN
+from vista.models.baselines.hstu import HSTU
+from vista.models.baselines.pooling import MeanPooling
+from vista.models.baselines.sasrec import SASRec
+from vista.models.baselines.sim import SIM
+from vista.models.baselines.twin import TWIN
 from vista.models.batch import Memory, Output, Requests, TimelineBatch
 from vista.models.counts import CountsModel
 from vista.models.embeddings import EventEmbedding, ItemEmbedding, ItemTables
 from vista.models.inputs import Events, Progress, Recent
 from vista.models.losses import ReconstructionDecoder
-from vista.models.ranker import Ranker
+from vista.models.model import Model
+from vista.models.ranker import Ranker, UserCache
 from vista.models.summarizer import Summarizer, UserState
 from vista.ops.qla import SegmentOrder
 from vista.schema import ContextColumn
 
 
-class SequenceModel(nn.Module):
+@dataclass(frozen=True)
+class Prepared:
+    """Summary tokens (M, K, D) at a batch's borders, and keys and values of tokens and events."""
+
+    tokens: Tensor
+    cache: UserCache
+
+
+class SequenceModel(Model):
     """Summarizer (unless ``num_seeds`` is 0) and Ranker on one event embedding."""
 
     def __init__(
@@ -34,15 +53,16 @@ class SequenceModel(nn.Module):
         num_actions: int,
         num_tasks: int,
         context: tuple[ContextColumn, ...],
+        num_counts: int = 0,
     ) -> None:
         super().__init__()
         self.config = config
         embedding = EventEmbedding(ItemEmbedding(tables, config.width), num_actions, config.width)
-        has_summary = config.model == "vista" and config.num_seeds > 0
+        has_summary = config.kind == "vista" and config.num_seeds > 0
         self.summarizer = Summarizer(config, embedding) if has_summary else None
         # One owner, or every shared weight would stand twice in a checkpoint.
         self.own_embedding = None if has_summary else embedding
-        self.ranker = Ranker(config, num_tasks, context)
+        self.ranker = Ranker(config, num_tasks, context, num_counts)
         self.decoder = ReconstructionDecoder(config) if has_summary else None
 
     @property
@@ -56,15 +76,20 @@ class SequenceModel(nn.Module):
 
     def forward(self, batch: TimelineBatch, memory: Memory) -> Output:
         """Score a batch on top of the memory (B, ...) its lanes carry."""
-        event_x = self.embed(batch.events)
-        tokens, last = self.summaries(batch, event_x, memory)
-        logits = self.rank(tokens, event_x, batch.requests)
+        prepared, last = self.prepare(batch, memory)
+        logits = self.rank(prepared, batch.requests)
         error = None
         if batch.windows is not None and self.decoder is not None:
             rows = batch.windows.index.clamp(min=0)
             window_x = self.embed(batch.windows.events)[rows]
-            error = self.decoder(tokens[batch.windows.summary], window_x, batch.windows.index >= 0)
+            error = self.decoder(prepared.tokens[batch.windows.summary], window_x, batch.windows.index >= 0)
         return Output(logits, last, error)
+
+    def prepare(self, batch: TimelineBatch, memory: Memory) -> tuple[Prepared, Memory]:
+        """Summary tokens at the batch's borders with all keys and values, and each lane's memory after the batch."""
+        event_x = self.embed(batch.events)
+        tokens, last = self.summaries(batch, event_x, memory)
+        return Prepared(tokens, self.ranker.prepare(tokens, event_x)), last
 
     def summaries(self, batch: TimelineBatch, event_x: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
         """Summary tokens (M, K, D) at the batch's borders, and each lane's memory after the batch."""
@@ -94,10 +119,9 @@ class SequenceModel(nn.Module):
         """The memory of lanes that start at the beginning of a history."""
         return self.summarizer.init_state(num_lanes).memory if self.summarizer is not None else ()
 
-    def rank(self, tokens: Tensor, event_x: Tensor, requests: Requests) -> Tensor:
-        """Logits (Q, C, T) from summary tokens (M, K, D) and event vectors (N, D)."""
-        cache = self.ranker.prepare(tokens, event_x)
-        return self.ranker(cache, requests, self.embedding.items(requests.candidate))
+    def rank(self, prepared: Prepared, requests: Requests) -> Tensor:
+        """Logits (Q, C, T)."""
+        return self.ranker(prepared.cache, requests, self.embedding.items(requests.candidate))
 
     def embed(self, events: Events) -> Tensor:
         """Event vectors (N, D)."""
@@ -121,7 +145,7 @@ class SequenceModel(nn.Module):
         num_users, size = recent.item.shape
         rows = torch.arange(num_users * size, device=recent.item.device).view(num_users, size)
         if context is None:
-            num_columns = len(self.ranker.context.numbers) + len(self.ranker.context.categories)
+            num_columns = self.ranker.head.context.num_columns
             context = tokens.new_full((*candidate.shape, num_columns), torch.nan)
         requests = Requests(
             summary=torch.arange(num_users, device=candidate.device),
@@ -134,7 +158,7 @@ class SequenceModel(nn.Module):
             context=context,
         )
         event_x = self.embedding(*(c.flatten() for c in _columns(recent)))
-        return self.rank(tokens, event_x, requests)
+        return self.rank(Prepared(tokens, self.ranker.prepare(tokens, event_x)), requests)
 
     def init_state(self, num_users: int) -> UserState:
         """The state of users without events; without a summarizer, recent events are all of it."""
@@ -183,12 +207,25 @@ def make_model(
     num_tasks: int,
     context: tuple[ContextColumn, ...],
     num_counts: int,
-) -> SequenceModel | CountsModel:
+) -> Model:
     """The model a config names."""
-    match config.model:
+    match config.kind:
         case "vista" | "recent":
-            return SequenceModel(config, tables, num_actions, num_tasks, context)
+            return SequenceModel(config, tables, num_actions, num_tasks, context, num_counts)
         case "counts":
             return CountsModel(config, num_tasks, context, num_counts)
+        case "mean":
+            family: type[Baseline] = MeanPooling
+        case "din":
+            family = DIN
+        case "sim":
+            family = SIM
+        case "twin":
+            family = TWIN
+        case "sasrec":
+            family = SASRec
+        case "hstu":
+            family = HSTU
         case _:
             raise AssertionError(config.model)
+    return family(config, tables, num_actions, num_tasks, context, num_counts)

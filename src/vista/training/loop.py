@@ -176,9 +176,20 @@ class Trainer:
                 walk.resume(self.position.walk)
             for step in walk:
                 self.position.walk = step.position
-                yield step
+                if step.batch.is_valid.any():
+                    yield step
+                else:
+                    self._pass_over(step)
             self.position.epoch += 1
             self.position.walk = None
+
+    @torch.no_grad()
+    def _pass_over(self, step: Step) -> None:
+        """Fold a batch that holds events but no impression: memory grows, and there is nothing to learn from."""
+        memory = self.model.init_memory(len(step.users))
+        if memory:
+            _, memory = self.model.prepare(step.batch, self.carry.gather(step, memory))
+        self.carry.keep(step, memory)
 
     def _is_over(self) -> bool:
         budget = self.config.train.time_budget_s
@@ -221,6 +232,10 @@ class Trainer:
             error = output.reconstruction.mean()
             facts["reconstruction"] = float(error.detach())
             loss = loss + self.config.train.reconstruction_weight * error
+        if output.auxiliary is not None:
+            auxiliary = multi_task_loss(output.auxiliary, step.batch.label, step.batch.is_valid)
+            facts["auxiliary_log_loss"] = float(auxiliary.detach())
+            loss = loss + auxiliary
         return loss, facts | {"loss": float(loss.detach())}
 
     def _rate_factor(self) -> float:

@@ -1,0 +1,133 @@
+"""What ``sasrec`` and ``hstu`` share: a causal encoder over events, in two forms with the same weights.
+
+    evaluation   each request's own window of R raw events is encoded: what is scored depends on nothing else
+    training     the events of a lane are encoded once, each row seeing the R rows up to itself, and every request of
+                 the stretch reads the rows it knows (teacher forcing, as both papers train)
+
+Positions and times enter as differences alone, so both forms give the same numbers as long as a history fits into the
+window. Beyond that, in the training form a row of the second layer and above has heard of events that are older than
+the window, since the rows it reads have seen windows of their own.
+
+Attention goes in blocks of query rows with the keys within reach of them, recomputed for the gradient: n rows cost
+n x R in time, and memory for one block.
+
+Shape letters: B lanes or requests, n rows of each, N event rows, Q requests, C candidates, R raw events, D width, H
+heads, E head width, F width of something.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from vista.models.baselines.base import NUMBERS_PER_PIECE, Baseline, Rows, take, with_absent
+from vista.models.batch import Memory, Requests, TimelineBatch
+from vista.models.inputs import Events, ragged_index
+
+BLOCK_ROWS = 256  # query rows at a time
+
+
+@dataclass(frozen=True)
+class Stretches:
+    """B stretches of events: timestamp_us (B, n), is_there (B, n); a row sees the ``reach`` rows up to itself."""
+
+    timestamp_us: Tensor
+    is_there: Tensor
+    reach: int
+
+
+@dataclass(frozen=True)
+class Block:
+    """Query rows and the key rows in their reach.
+
+    distance (rows, keys): how many rows back a key is, clamped to 0 .. reach - 1; is_seen (B, 1, rows, keys): whether
+    it is there and in reach. A row sees itself even where it is padding, so that a softmax is defined.
+    """
+
+    rows: slice
+    keys: slice
+    distance: Tensor
+    is_seen: Tensor
+
+    @classmethod
+    def all_of(cls, of: Stretches, first: int = 0) -> Iterator[Block]:
+        """Blocks that hold rows first .. n - 1."""
+        num_rows, device = of.is_there.shape[1], of.is_there.device
+        for start in range(first, num_rows, BLOCK_ROWS):
+            rows = slice(start, min(start + BLOCK_ROWS, num_rows))
+            keys = slice(max(0, start - of.reach + 1), rows.stop)
+            place = torch.arange(num_rows, device=device)
+            distance = place[rows, None] - place[None, keys]
+            within = (distance >= 0) & (distance < of.reach)
+            is_seen = (within & of.is_there[:, None, keys]) | (distance == 0)
+            yield cls(rows, keys, distance.clamp(0, of.reach - 1), is_seen[:, None])
+
+
+def attend_in_blocks(attend: Callable[[Block], Tensor], of: Stretches, first: int = 0) -> Tensor:
+    """``attend`` gives (B, H, rows, E) of one block; all of them from row ``first`` on, (B, H, n - first, E)."""
+    recomputes = torch.is_grad_enabled()
+    return torch.cat(
+        [
+            checkpoint(attend, block, use_reentrant=False) if recomputes else attend(block)
+            for block in Block.all_of(of, first)
+        ],
+        2,
+    )
+
+
+class CausalBaseline(Baseline):
+    """A baseline that encodes events causally. A family says how: ``encode`` and ``read_encoded``."""
+
+    @abstractmethod
+    def encode(self, x: Tensor, of: Stretches) -> Rows:
+        """Event vectors (B, n, D) to what candidates read of each, (B, n, F) each."""
+
+    @abstractmethod
+    def read_encoded(self, windows: Rows, requests: Requests, candidate_x: Tensor) -> Tensor:
+        """What candidates read, (Q, C, read_width), of encoded windows (Q, R, F)."""
+
+    def project(self, event_x: Tensor) -> Rows:
+        return (event_x,)
+
+    def prepare(self, batch: TimelineBatch, memory: Memory) -> tuple[Rows, Memory]:
+        if not self.training:
+            return super().prepare(batch, memory)
+        events = batch.events
+        event_x = self.embedding(events.item, events.action, events.timestamp_us, events.gap_us)
+        return with_absent(self.encode_lanes(event_x, events)), ()
+
+    def read(self, rows: Rows, requests: Requests, candidate_x: Tensor) -> Tensor:
+        if self.training:
+            windows = tuple(take(r, requests.recent) for r in rows)
+        else:
+            of = Stretches(requests.recent_us, requests.recent >= 0, self.config.history_events)
+            windows = self.encode(take(rows[0], requests.recent), of)
+        return self.read_encoded(windows, requests, candidate_x)
+
+    def encode_lanes(self, event_x: Tensor, events: Events) -> Rows:
+        """Each lane's events as one stretch: event vectors (N, D) to (N, F) each. Lanes of like length go together."""
+        lengths = events.lengths()
+        order = lengths.argsort(descending=True, stable=True)
+        order = order[: max(1, int((lengths > 0).sum()))]
+        encoded, places = [], []
+        while len(order):
+            width = int(lengths[order[0]])
+            at_once = max(1, NUMBERS_PER_PIECE // max(1, self.numbers_of_encoding(width)))
+            lanes, order = order[:at_once], order[at_once:]
+            index = ragged_index(events.offsets[lanes], lengths[lanes], width)
+            is_there, flat = index >= 0, index.clamp(min=0)
+            of = Stretches(events.timestamp_us[flat], is_there, self.config.history_events)
+            encoded.append([rows[is_there] for rows in self.encode(event_x[flat], of)])
+            places.append(index[is_there])
+        back = torch.cat(places).argsort()
+        return tuple(torch.cat(parts)[back] for parts in zip(*encoded, strict=True))
+
+    def numbers_of_encoding(self, num_rows: int) -> int:
+        """How many numbers the largest tensors of ``encode`` have together, for one stretch."""
+        keys = min(num_rows, self.config.history_events + BLOCK_ROWS)
+        return self.config.num_heads * min(num_rows, BLOCK_ROWS) * keys + 4 * self.config.width * num_rows

@@ -1,0 +1,88 @@
+"""``din``: target attention over all raw events, after Zhou et al. 2018, "Deep Interest Network".
+
+Paper, equation 3, with a the activation unit, e_j the events and v the candidate:
+
+    read(v) = sum_j a(e_j, v) e_j       a(e, v) = MLP [v, e, v - e, v * e]       no softmax over j
+
+so that many matching events weigh more than few. The unit is one hidden layer of 36 PReLUs, as in the paper's figure 2
+(its Dice is a batch norm over padded events, and its batches hold one request each where ours hold a user's many).
+
+Ours: what is read goes through arsinh, which is linear near zero and a logarithm further out: a history of thousands
+of events would otherwise drown the head, and a norm would take away the intensity that the sum is there for. A learned
+number is added to a where an event is of the candidate's own item. Beside it, the parts named in ``base``.
+
+Shape letters: N event rows, Q requests, C candidates, R raw events, D width, U hidden width of the unit.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from vista.models.baselines.base import Baseline, Rows, is_same_item, take
+from vista.models.batch import Requests
+from vista.models.layers import norm
+
+UNIT_WIDTH = 36  # U, of the paper's figure 2
+
+
+class ActivationUnit(nn.Module):
+    """a(e, v) for all pairs of events and candidates, without making [v, e, v - e, v * e] of each pair.
+
+    With the hidden layer's weights W = [W_v, W_e, W_d, W_p], its output is (v * W_p + W_e - W_d) e + (W_v + W_d) v + b:
+    one matrix per candidate, times all events.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(4 * width, UNIT_WIDTH)
+        self.prelu = nn.PReLU(UNIT_WIDTH)
+        self.out = nn.Linear(UNIT_WIDTH, 1)
+        self.same_item = nn.Parameter(torch.ones(1))
+
+    def forward(self, v: Tensor, e: Tensor, is_same: Tensor) -> Tensor:
+        """v (Q, C, D), e (Q, R, D), is_same (Q, C, R), to (Q, C, R)."""
+        w_v, w_e, w_difference, w_product = self.hidden.weight.chunk(4, 1)
+        matrix = v[:, :, None] * w_product + (w_e - w_difference)  # (Q, C, U, D)
+        constant = v @ (w_v + w_difference).T + self.hidden.bias  # (Q, C, U)
+        e = torch.cat([e, torch.ones_like(e[..., :1])], -1)
+        hidden = torch.cat([matrix, constant[..., None]], -1).flatten(1, 2) @ e.transpose(-2, -1)  # (Q, C U, R)
+        hidden = self.prelu(hidden.unflatten(1, (-1, UNIT_WIDTH)).flatten(0, 1))  # (Q C, U, R)
+        weight = self.out.weight @ hidden + self.out.bias
+        return weight.view(is_same.shape) + is_same * self.same_item
+
+
+def numbers_of_unit(num_candidates: int, num_events: int, width: int) -> int:
+    """Numbers in the largest tensors of one request's ``ActivationUnit``."""
+    return num_candidates * UNIT_WIDTH * (num_events + width) + num_events * width
+
+
+class PairPooling(nn.Module):
+    """arsinh(sum_j a(e_j, v) e_j) of the events that are there, beside its product with the candidate: (Q, C, 2D)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.unit = ActivationUnit(width)
+
+    def forward(self, rows: Tensor, requests: Requests, candidate_x: Tensor) -> Tensor:
+        e = take(rows, requests.recent)
+        weight = self.unit(candidate_x, e, is_same_item(requests)) * (requests.recent >= 0)[:, None]
+        read = torch.asinh(weight @ e)
+        return torch.cat([read, read * norm(candidate_x)], -1)
+
+
+class DIN(Baseline):
+    """Cost of a request: C x R activation units, 36 x 2 D operations each."""
+
+    def build(self) -> None:
+        self.read_width = 2 * self.config.width
+        self.pooling = PairPooling(self.config.width)
+
+    def project(self, event_x: Tensor) -> Rows:
+        return (event_x,)
+
+    def read(self, rows: Rows, requests: Requests, candidate_x: Tensor) -> Tensor:
+        return self.pooling(rows[0], requests, candidate_x)
+
+    def numbers(self, num_candidates: int, num_events: int) -> int:
+        return numbers_of_unit(num_candidates, num_events, self.config.width)

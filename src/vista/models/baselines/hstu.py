@@ -1,0 +1,139 @@
+"""``hstu``: pointwise attention with a gate, after Zhai et al. 2024, "Actions Speak Louder than Words".
+
+Paper, equations 1 to 3, per layer, with phi = SiLU and rab the bias by relative position p and time t:
+
+    U, V, Q, K = split(phi(f_1(norm(x))))
+    A(x) V     = phi(Q K^T + rab^(p, t)) V / N       pointwise: no softmax, so that intensity is kept
+    y          = x + f_2(norm(A(x) V) * U)           norm: LayerNorm without weights
+
+A candidate is one more row behind the history (the paper's target-aware ranking): it attends to the events and to
+itself, and no candidate to another (the paper's mask of micro-batches). Since history rows never see candidates, their
+keys and values are made once for all candidates.
+
+N is ``history_events``. rab has a value per head for each distance up to N and for each bucket of log2 seconds, of its
+own in each layer, as in the authors' code.
+
+Ours: actions are part of an event's vector, where the paper interleaves item and action rows. A candidate's row is its
+item vector plus a learned one that marks it as a candidate, and the bias also tells it which events are of its own
+item. Beside it, the parts named in ``base``.
+
+Shape letters: B lanes or requests, n rows of each, Q requests, C candidates, R raw events, D width, H heads, E head
+width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import layer_norm, silu
+
+from vista.config import ModelConfig
+from vista.models.baselines.base import Rows, age_bucket, is_same_item
+from vista.models.baselines.causal import Block, CausalBaseline, Stretches, attend_in_blocks
+from vista.models.batch import Requests
+from vista.models.embeddings import GAP_BUCKETS
+from vista.models.inputs import US_PER_S
+from vista.models.layers import join_heads, norm, split_heads
+from vista.models.ranker import SAME_ITEM_LOGIT
+
+NORM_EPSILON = 1e-6  # of LayerNorm, the authors'
+AT_ONCE = 1  # the bucket of a difference of no time
+BUCKET_STARTS_US = torch.tensor([0, *(US_PER_S * (2**b - 1) for b in range(1, GAP_BUCKETS - 1))])
+
+
+class HSTULayer(nn.Module):
+    """One layer, for history rows and for candidates."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.into = nn.Linear(config.width, 4 * config.width)  # f_1
+        self.out = nn.Linear(config.width, config.width)  # f_2
+        self.distance = nn.Embedding(config.history_events + 1, config.num_heads)  # rab^p
+        self.time = nn.Embedding(GAP_BUCKETS, config.num_heads)  # rab^t
+        self.same_item = nn.Parameter(torch.full((config.num_heads,), SAME_ITEM_LOGIT))
+        nn.init.normal_(self.distance.weight, std=0.02)
+        nn.init.normal_(self.time.weight, std=0.02)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """x (..., n, D) to U, V, Q, K, (..., n, D) each."""
+        u, v, q, k = silu(self.into(_layer_norm(x))).chunk(4, -1)
+        return u, v, q, k
+
+    def finish(self, x: Tensor, attended: Tensor, u: Tensor) -> Tensor:
+        """x + f_2(norm(attended) * U)."""
+        return x + self.dropout(self.out(_layer_norm(attended) * u))
+
+    def forward(self, x: Tensor, parts: tuple[Tensor, Tensor, Tensor, Tensor], of: Stretches) -> Tensor:
+        """History rows (B, n, D) with their U, V, Q, K, to the rows of the next layer."""
+        u, v, q, k = parts[0], *(split_heads(t, self.config.num_heads) for t in parts[1:])
+
+        def attend(block: Block) -> Tensor:
+            logits = q[:, :, block.rows] @ k[:, :, block.keys].transpose(-2, -1)
+            apart_us = of.timestamp_us[:, block.rows, None] - of.timestamp_us[:, None, block.keys]
+            by_time = self.time(time_bucket(apart_us)).permute(0, 3, 1, 2)
+            logits = logits + (self.distance(block.distance).permute(2, 0, 1) + by_time)
+            return self._weigh(logits, block.is_seen).to(v.dtype) @ v[:, :, block.keys]
+
+        return self.finish(x, join_heads(attend_in_blocks(attend, of)), u)
+
+    def read(self, x: Tensor, history: tuple[Tensor, Tensor], requests: Requests, age: Tensor) -> Tensor:
+        """Candidate rows (Q, C, D), values and keys of the history (Q, R, D) and ages (Q, R), to the next layer's."""
+        heads = self.config.num_heads
+        u, *own = self.split(x)
+        v, q, k = (split_heads(t, heads) for t in own)  # (Q, H, C, E)
+        history_v, history_k = (split_heads(t, heads) for t in history)
+        place = torch.arange(age.shape[1], 0, -1, device=age.device)
+        bias = (self.distance(place) + self.time(age)).transpose(1, 2)[:, :, None]  # (Q, H, 1, R)
+        bias = bias + is_same_item(requests)[:, None] * self.same_item[:, None, None]
+        weight = self._weigh(q @ history_k.transpose(-2, -1) + bias, (requests.recent >= 0)[:, None, None])
+        on_self = (q * k).sum(-1, keepdim=True) + (self.distance.weight[0] + self.time.weight[AT_ONCE])[:, None, None]
+        attended = weight.to(v.dtype) @ history_v + self._weigh(on_self, torch.ones_like(on_self)).to(v.dtype) * v
+        return self.finish(x, join_heads(attended), u)
+
+    def _weigh(self, logits: Tensor, is_seen: Tensor) -> Tensor:
+        return silu(logits) * is_seen / self.config.history_events
+
+
+def time_bucket(apart_us: Tensor) -> Tensor:
+    """What ``gap_bucket`` gives for times of 0 and more, in one pass: this is made for every pair of rows."""
+    return torch.bucketize(apart_us, BUCKET_STARTS_US.to(apart_us.device), out_int32=True, right=True)
+
+
+def _layer_norm(x: Tensor) -> Tensor:
+    return layer_norm(x, (x.shape[-1],), eps=NORM_EPSILON)
+
+
+class HSTU(CausalBaseline):
+    """Cost of a request: encoding R rows, R^2 D per layer but the last; then C x R x D per layer."""
+
+    def build(self) -> None:
+        self.read_width = self.config.width
+        self.layers = nn.ModuleList(HSTULayer(self.config) for _ in range(self.config.encoder_layers))
+        self.target = nn.Parameter(0.1 * torch.randn(self.config.width))
+
+    def encode(self, x: Tensor, of: Stretches) -> Rows:
+        """Values and keys of each layer, in turn. The last layer's output is read by nobody and not made."""
+        rows: list[Tensor] = []
+        for depth, layer in enumerate(self._layers):
+            parts = layer.split(x)
+            rows += [parts[1], parts[3]]
+            if depth + 1 < len(self._layers):
+                x = layer(x, parts, of)
+        return tuple(rows)
+
+    def read_encoded(self, windows: Rows, requests: Requests, candidate_x: Tensor) -> Tensor:
+        x, age = candidate_x + self.target, age_bucket(requests)
+        for depth, layer in enumerate(self._layers):
+            x = layer.read(x, (windows[2 * depth], windows[2 * depth + 1]), requests, age)
+        return norm(x)
+
+    def numbers(self, num_candidates: int, num_events: int) -> int:
+        kept = 2 * len(self.layers) * num_events * self.config.width
+        reading = kept + num_candidates * self.config.num_heads * num_events
+        return reading if self.training else reading + self.numbers_of_encoding(num_events)
+
+    @property
+    def _layers(self) -> list[HSTULayer]:
+        return list(self.layers)  # type: ignore[arg-type]

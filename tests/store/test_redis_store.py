@@ -10,8 +10,7 @@ import pytest
 from tests.contracts.store import V1, V2, StoreContract, fill, numbered, tokens_of, writes
 from tests.store.servers import Server, free_port
 from vista.errors import StoreError, VistaWarning
-from vista.store.contract import SummaryStore, open_store
-from vista.store.redis_client import name_of
+from vista.store.contract import SummaryStore, open_store, shown
 from vista.store.redis_store import BUCKETS, FACTS, RedisStore, bucket_of
 
 BINARY_KEY = b"s:}{\0\xff"
@@ -248,7 +247,7 @@ def test_a_password_opens_and_is_never_shown(tmp_path):
 
 @pytest.mark.parametrize("url", ["redis://u:secret@host/0", "rediss://u:secret@host", "unix:s?password=secret&db=1"])
 def test_a_name_has_no_password(url):
-    assert name_of(url) == url.replace("secret", "***")
+    assert shown(url) == url.replace("secret", "***")
 
 
 @pytest.mark.parametrize("url", ["redis:", "redis:host", "redis://", "redis://host/name", "redis:///0"])

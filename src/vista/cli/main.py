@@ -25,6 +25,7 @@ from vista.cli.demo import demo
 from vista.cli.doctor import doctor
 from vista.cli.evaluate import evaluate
 from vista.cli.prepare import prepare
+from vista.cli.store import app as store
 from vista.cli.summarize import rank, summarize
 from vista.cli.train import train
 from vista.errors import VistaError, VistaWarning
@@ -109,6 +110,7 @@ app.command()(train)
 app.command()(evaluate)
 app.command()(summarize)
 app.command()(rank)
+app.add_typer(store)
 app.command()(doctor)
 
 

@@ -6,6 +6,7 @@ most one is *published*. A reader names its version, so that tokens of one model
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -103,9 +104,14 @@ def open_store(url: str, read_only: bool = False) -> SummaryStore:
             return MemoryStore(rest, read_only)
         case _:
             raise StoreError(
-                f"store {url!r}: unknown scheme {scheme!r}; use lmdb:PATH or a path, redis://HOST, unix:SOCKET, "
+                f"store {shown(url)!r}: unknown scheme {scheme!r}; use lmdb:PATH or a path, redis://HOST, unix:SOCKET, "
                 "memory:NAME"
             )
+
+
+def shown(url: str) -> str:
+    """A URL without its password, for messages."""
+    return re.sub(r"password=[^&]*", "password=***", re.sub(r"(//[^:@/]*):[^@]*@", r"\1:***@", url))
 
 
 def collect(store: SummaryStore, keep: int = 0) -> dict[str, int]:

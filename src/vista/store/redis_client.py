@@ -7,14 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from vista.errors import StoreError
+from vista.store.contract import shown
 
 TIMEOUT_S = 30  # for an answer; a commit of many large records must be on the server's disk by then
 CONNECT_TIMEOUT_S = 5
-
-
-def name_of(url: str) -> str:
-    """A URL without its password, for messages."""
-    return re.sub(r"password=[^&]*", "password=***", re.sub(r"(//[^:@/]*):[^@]*@", r"\1:***@", url))
 
 
 def connect(url: str) -> tuple[Any, bool]:
@@ -28,7 +24,7 @@ def connect(url: str) -> tuple[Any, bool]:
         from redis.retry import Retry
     except ImportError as error:
         raise StoreError(
-            f"store {name_of(url)}: the package redis is not installed; run: pip install 'vista-recsys[redis]'"
+            f"store {shown(url)}: the package redis is not installed; run: pip install 'vista-recsys[redis]'"
         ) from error
     options: dict[str, Any] = {"socket_timeout": TIMEOUT_S, "socket_connect_timeout": CONNECT_TIMEOUT_S}
     options |= {"retry": Retry(NoBackoff(), 0), "protocol": 2}  # 3 hides a missing password behind another error
@@ -42,7 +38,7 @@ def connect(url: str) -> tuple[Any, bool]:
         return redis.RedisCluster.from_url(address, **options), True
     except (redis.RedisError, ValueError, OSError) as error:
         raise StoreError(
-            f"{name_of(url)}: cannot be opened ({error}); is the server up? Check host, port, password and database"
+            f"{shown(url)}: cannot be opened ({error}); is the server up? Check host, port, password and database"
         ) from error
 
 
@@ -54,7 +50,7 @@ def _address(url: str) -> str:
         return f"unix://{Path(path).absolute()}{mark}{query}"
     found = re.fullmatch(r"//[^/?]+(/([0-9]*))?(\?.*)?", rest)
     if found is None:
-        raise StoreError(f"store {name_of(url)}: not of the form {scheme}://[user:password@]host[:port][/db]")
+        raise StoreError(f"store {shown(url)}: not of the form {scheme}://[user:password@]host[:port][/db]")
     return url
 
 

@@ -23,9 +23,9 @@ from types import TracebackType
 from typing import Any, Self, cast
 
 from vista.errors import StoreError, VistaWarning
-from vista.store.contract import KindStatistics, Write
+from vista.store.contract import KindStatistics, Write, shown
 from vista.store.record import KINDS
-from vista.store.redis_client import connect, is_durable, name_of, primaries
+from vista.store.redis_client import connect, is_durable, primaries
 from vista.store.versions import (
     Pointer,
     VersionInfo,
@@ -100,7 +100,7 @@ class RedisStore:
     """Implements ``SummaryStore``. Threads may share it, and so may processes after a fork."""
 
     def __init__(self, url: str, read_only: bool = False) -> None:
-        self.name, self._read_only = name_of(url), read_only
+        self.name, self._read_only = shown(url), read_only
         self._client, self._is_cluster = connect(url)
         self._is_open = True
         try:

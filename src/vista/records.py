@@ -63,9 +63,9 @@ def from_records(model: SequenceModel, records: list[Record | None]) -> UserStat
 def fill_recent(recent: Recent, row: int, record: Record) -> None:
     """Put a record's recent events into one row, newest last."""
     for name in RECENT_TYPES:
-        column = torch.from_numpy(record.arrays[f"recent_{name}"].astype(np.int64))
-        if len(column):
-            getattr(recent, name)[row, -len(column) :] = column
+        column = record.arrays[f"recent_{name}"]
+        place = getattr(recent, name).numpy()[row]  # in place, and without a tensor per user and column
+        place[len(place) - len(column) :] = column
 
 
 BORDER_NUMBERS = ("num_events", "first_us", "last_us", "num_ties")  # stored as border_num_events and so on

@@ -73,8 +73,8 @@ class Scorer:
         recent = Recent.empty(len(users), self.run.config.model.recent_events)
         num_events, as_of_us = [0] * len(users), [-1] * len(users)
         for row, stored in found.items():
-            fill_recent(recent, row, stored.record)
-            num_events[row], as_of_us[row] = stored.record.num_events, stored.record.as_of_us
+            fill_recent(recent, row, stored)
+            num_events[row], as_of_us[row] = stored.num_events, stored.as_of_us
         return UserSummaries(
             self._decode(len(users), found),
             recent,
@@ -101,15 +101,14 @@ class Scorer:
             stored = unpack(blob, self.run.version)
         except RecordError as error:
             raise RecordError(f"user {user!r}: {error}") from error
-        record = stored.record
-        if (record.kind, record.user_key) != ("tokens", user_key(user)):
+        if (stored.kind, stored.user_key) != ("tokens", user_key(user)):
             raise RecordError(
-                f"user {user!r}: the store has a record of kind {record.kind!r} of user {record.user_key!r} in this "
+                f"user {user!r}: the store has a record of kind {stored.kind!r} of user {stored.user_key!r} in this "
                 "place; summarize again"
             )
-        if record.arrays["tokens"].shape != self._shape:
+        if stored.arrays["tokens"].shape != self._shape:
             raise StoreError(
-                f"user {user!r}: tokens of shape {record.arrays['tokens'].shape} in the store, the model's are "
+                f"user {user!r}: tokens of shape {stored.arrays['tokens'].shape} in the store, the model's are "
                 f"{self._shape}; summarize again"
             )
         return stored

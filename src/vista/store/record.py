@@ -15,9 +15,9 @@ import re
 import struct
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -109,12 +109,16 @@ def encode(record: Record, codec: str = "int8") -> bytes:
     return content + CHECKSUM.pack(zlib.crc32(content))
 
 
-@dataclass(frozen=True)
-class Stored:
-    """A record that was read but not decoded: its tokens are as the codec wrote them."""
+class Stored(NamedTuple):
+    """A ``Record`` that was read but not decoded: its tokens are as the codec wrote them. A tuple: cheap to make."""
 
     codec: str
-    record: Record
+    kind: str
+    version: str
+    user_key: bytes
+    as_of_us: int
+    num_events: int
+    arrays: dict[str, np.ndarray]
 
 
 def decode(blob: bytes, version: str | None = None) -> Record:
@@ -124,11 +128,11 @@ def decode(blob: bytes, version: str | None = None) -> Record:
     unknown kind, codec or type, shapes that do not fill the record, tokens unlike their codec, another model version.
     """
     stored = unpack(blob, version)
-    arrays = stored.record.arrays
+    arrays = stored.arrays
     if TOKENS in arrays:
         rest = {name: array for name, array in arrays.items() if name not in (TOKENS, SCALE)}
         arrays = {TOKENS: decode_tokens([stored])[0], **rest}
-    return replace(stored.record, arrays=arrays)
+    return Record(stored.kind, stored.version, stored.user_key, stored.as_of_us, stored.num_events, arrays)
 
 
 def decode_tokens(stored: Sequence[Stored], out: np.ndarray | None = None) -> np.ndarray:
@@ -136,16 +140,16 @@ def decode_tokens(stored: Sequence[Stored], out: np.ndarray | None = None) -> np
 
     out is contiguous. Raises RecordError for records that cannot be decoded together.
     """
-    if any(TOKENS not in one.record.arrays for one in stored):
-        raise RecordError(f"no tokens in a record of kind {', '.join(sorted({one.record.kind for one in stored}))}")
-    shapes = {(one.codec, one.record.arrays[TOKENS].shape) for one in stored}
+    if any(TOKENS not in one.arrays for one in stored):
+        raise RecordError(f"no tokens in a record of kind {', '.join(sorted({one.kind for one in stored}))}")
+    shapes = {(one.codec, one.arrays[TOKENS].shape) for one in stored}
     if len(shapes) > 1:
         raise RecordError(f"records of different codecs or shapes cannot be decoded together: {sorted(shapes)}")
     if not stored:
         return np.zeros((0, 0, 0), np.float32) if out is None else out
     ((codec, (num_tokens, width)),) = shapes
     out = np.empty((len(stored), num_tokens, width), np.float32) if out is None else out
-    _dequantize([one.record.arrays for one in stored], codec, out)
+    _dequantize([one.arrays for one in stored], codec, out)
     return out
 
 
@@ -170,19 +174,16 @@ def unpack(blob: bytes, version: str | None = None) -> Stored:
     place = HEADER.size + key_bytes
     body = place + ENTRY.size * num_arrays
     layout = _layout(bytes(blob[place:body]), num_arrays, size - CHECKSUM.size - body, CODECS[codec])
-    arrays = {
-        name: np.frombuffer(blob, dtype, count, body + start).reshape(shape)
-        for name, dtype, count, start, shape in layout
-    }
+    arrays = {name: np.ndarray(shape, dtype, blob, body + start) for name, dtype, start, shape in layout}
     key = bytes(blob[HEADER.size : place])
-    return Stored(CODECS[codec], Record(KINDS[kind], own_version, key, as_of_us, num_events, arrays))
+    return Stored(CODECS[codec], KINDS[kind], own_version, key, as_of_us, num_events, arrays)
 
 
 @lru_cache(maxsize=4096)  # the records of a version have few layouts: as many as recent events can be, and one more
 def _layout(
     table: bytes, num_arrays: int, body_bytes: int, codec: str
-) -> list[tuple[str, np.dtype, int, int, tuple[int, ...]]]:
-    """Name, type, number of values, place in the body and shape of each array of a table. Raises RecordError."""
+) -> list[tuple[str, np.dtype, int, tuple[int, ...]]]:
+    """Name, type, place in the body and shape of each array of a table. Raises RecordError."""
     if body_bytes < 0:
         raise RecordError("the user key or the table of arrays reaches beyond the record")
     layout, place = [], 0
@@ -191,15 +192,14 @@ def _layout(
         if dtype >= len(DTYPES) or not 1 <= ndim <= 4:
             raise RecordError(f"array {entry} has unknown type {dtype} or {ndim} dimensions")
         shape = tuple(sizes[:ndim])
-        count = math.prod(shape)  # of Python's integers: numpy's would wrap around
-        end = place + count * DTYPES[dtype].itemsize
+        end = place + math.prod(shape) * DTYPES[dtype].itemsize  # of Python's integers: numpy's would wrap around
         if end > body_bytes:
             raise RecordError(f"array {entry} of shape {shape} reaches beyond the record")
-        layout.append((name.rstrip(b"\0").decode(errors="replace"), DTYPES[dtype], count, place, shape))
+        layout.append((name.rstrip(b"\0").decode(errors="replace"), DTYPES[dtype], place, shape))
         place = end
     if place != body_bytes:
         raise RecordError(f"{body_bytes - place} bytes belong to no array")
-    _check_tokens({name: (dtype, shape) for name, dtype, _, _, shape in layout}, codec)
+    _check_tokens({name: (dtype, shape) for name, dtype, _, shape in layout}, codec)
     return layout
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import resource
 import shutil
 import socket
 import subprocess
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +37,16 @@ class Server:
         folder.mkdir(parents=True, exist_ok=True)
         self.start()
 
-    def start(self) -> None:
+    def start(self, max_file_bytes: int = resource.RLIM_INFINITY) -> None:
+        """max_file_bytes: a limit on the size of files stands for a full disk."""
         settings = {"port": str(self.port), "bind": "127.0.0.1", "dir": str(self.folder),
                     "unixsocket": str(self.socket), "logfile": "log", **self._settings}  # fmt: skip
         words = [word for name, value in settings.items() for word in (f"--{name}", value)]
-        self._process = subprocess.Popen([str(PROGRAM), *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (max_file_bytes, max_file_bytes))
+        self._process = subprocess.Popen(  # signals as Python has them: the limit is an error of write, not a signal
+            [str(PROGRAM), *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            restore_signals=False, preexec_fn=limit,
+        )  # fmt: skip
         end_s = time.monotonic() + START_S
         while not self._answers():
             if self._process.poll() is not None or time.monotonic() > end_s:
@@ -61,10 +68,6 @@ class Server:
         import redis
 
         return redis.Redis.from_url(self.url)
-
-    @property
-    def is_running(self) -> bool:
-        return self._process.poll() is None
 
     def kill(self) -> None:
         self._process.kill()

@@ -165,7 +165,7 @@ def test_what_was_acknowledged_survives_a_killed_server(own_server):
 def test_a_server_that_may_lose_writes_is_warned_of(tmp_path, settings):
     server = Server(tmp_path / "redis", **settings)
     try:
-        with pytest.warns(VistaWarning, match="may lose acknowledged writes.*appendfsync always"):
+        with pytest.warns(VistaWarning, match="may lose acknowledged writes .*appendfsync always"):
             open_store(server.url).close()
         with server.client() as client:
             client.set(FACTS, b'{"versions": {}, "published": {}}')
@@ -186,6 +186,38 @@ def test_a_full_server_is_said_and_costs_nothing_that_was_there(own_server):
         client.config_set("maxmemory", 0)
         store.commit(writes(b"b"), V1)
         assert store.get_many("tokens", [b"a", b"b"], V1) == [tokens_of(V1, b"a"), b"tokens of b "]
+
+
+def test_a_full_disk_is_said_and_costs_nothing_that_was_acknowledged(own_server):
+    own_server.kill()
+    own_server.start(max_file_bytes=1_000_000)
+    with open_store(own_server.url) as store:
+        fill(store, V1, b"a")
+        with pytest.raises(StoreError, match=r"cannot be written .*Check the server, its memory and disk"):
+            write_ever_more(store)
+        own_server.kill()
+        own_server.start()
+        assert store.get_many("tokens", [b"a"], V1) == [tokens_of(V1, b"a")]
+        (tokens,), (state,) = (store.get_many(kind, [b"b"], V1) for kind in ("tokens", "state"))
+        assert tokens is not None
+        assert tokens.removeprefix(b"tokens") == state.removeprefix(b"state")
+        store.commit(writes(b"c"), V1)
+
+
+def test_a_user_without_rights_is_said(server):
+    """One who may read only: reads, and is refused where it writes."""
+    with open_store(server.url) as store, server.client() as client:
+        fill(store, V1, b"a")
+        client.execute_command("ACL SETUSER reader on >word ~vista:* resetchannels -@all +@read +ping +info")
+    url = server.url.replace("//", "//reader:word@")
+    with open_store(url, read_only=True) as store:
+        assert store.get_many("tokens", [b"a"], V1) == [tokens_of(V1, b"a")]
+    with pytest.warns(VistaWarning, match="cannot be asked"):
+        store = open_store(url)
+    with store:
+        with pytest.raises(StoreError, match=r"cannot be written .*permission"):
+            store.commit(writes(b"a"), V1)
+        assert store.get_many("tokens", [b"a"], V1) == [tokens_of(V1, b"a")]
 
 
 def write_ever_more(store: SummaryStore) -> None:

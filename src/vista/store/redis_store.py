@@ -117,8 +117,8 @@ class RedisStore:
             if self._read_only or is_durable(client, self._is_cluster):
                 return
         warnings.warn(
-            f"{self.name}: the server may lose acknowledged writes when it is killed; "
-            "set: appendonly yes, appendfsync always",
+            f"{self.name}: the server may lose acknowledged writes when it is killed, or cannot be asked whether it "
+            "may; set: appendonly yes, appendfsync always",
             VistaWarning,
             stacklevel=4,
         )

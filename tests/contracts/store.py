@@ -396,6 +396,19 @@ class StoreContract:
         assert mixed == []
         assert seen == {V1, V2}, "the readers never saw a flip"
 
+    def test_no_version_is_lost_when_many_are_begun_at_once(self, store):
+        names = [f"version{thread}-{n:02}-abcd" for thread in range(3) for n in range(15)]
+
+        def begin(thread: int) -> None:
+            for version in names[15 * thread : 15 * (thread + 1)]:
+                store.begin_version(version, *SHAPE, expected_users=0)
+                store.complete_version(version)
+
+        run_threads([partial(begin, thread) for thread in range(3)])
+        infos = store.versions()
+        assert sorted(info.version for info in infos) == names
+        assert all(info.is_complete for info in infos)
+
     def test_threads_write_side_by_side(self, store):
         """While others fail in the middle of theirs and others read."""
         fill(store, V1)

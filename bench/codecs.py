@@ -5,7 +5,8 @@
 Makes the world of `vista demo`, trains one run per number of tokens K, width D and seed, and evaluates it on the test
 split once per codec: all summary tokens go through records of that codec before the ranker reads them; nothing else
 changes. Beside it: the same model with the tokens of a user without events, which is what losing all of a token would
-cost. Bytes are those of the tokens record of a user with full recent events.
+cost. Bytes are those of the tokens record of a user with full recent events. Runs whose rows are in FOLDER already are
+not made again.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import json
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -92,8 +94,8 @@ def measure(
     for codec, change in changes(run).items():
         with changed(run, change):
             metrics = evaluate(run, data, quiet=True).metrics[task]
-        rows.append({"tokens": num_tokens, "width": width, "seed": seed, "codec": codec, "bytes": size[codec],
-                     "ne": metrics["ne"], "auc": metrics["auc"]})  # fmt: skip
+        rows.append({"tokens": num_tokens, "width": width, "seed": seed, "steps": steps, "codec": codec,
+                     "bytes": size[codec], "ne": metrics["ne"], "auc": metrics["auc"]})  # fmt: skip
         exact = rows[0]
         print(f"K {num_tokens:4} D {width:4} seed {seed} {codec:10} {size[codec]:7,} bytes  NE {metrics['ne']:.5f} "
               f"({metrics['ne'] - exact['ne']:+.6f})  AUC {metrics['auc']:.5f} "
@@ -141,20 +143,22 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder for codecs.json and codecs.png")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    rows = []
+    file = arguments.out and arguments.out / "codecs.json"
+    rows = json.loads(file.read_text()) if file and file.exists() else []
+    made = {tuple(row[name] for name in ("width", "tokens", "seed", "steps")) for row in rows}
+    wanted = product(arguments.widths, arguments.tokens, arguments.seeds, [arguments.steps])
     with tempfile.TemporaryDirectory() as folder:
         data = prepare(Path(folder), WORLD_OPTIONS)
-        for width in arguments.widths:
-            for num_tokens in arguments.tokens:
-                for seed in arguments.seeds:
-                    rows += measure(Path(folder), data, num_tokens, width, seed, arguments.steps)
+        for width, num_tokens, seed, steps in (run for run in wanted if run not in made):
+            rows += measure(Path(folder), data, num_tokens, width, seed, steps)
+            if file:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_text(json.dumps(rows, indent=2) + "\n")
     for codec in (*CODECS[1:], NOTHING):
         worst = {metric: max(map(abs, lost(rows, codec, metric))) for metric in ("ne", "auc")}
         print(f"{codec:10} changes NE by at most {worst['ne']:.6f} and AUC by {worst['auc']:.6f} over all runs")
-    if arguments.out is not None:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        (arguments.out / "codecs.json").write_text(json.dumps(rows, indent=2) + "\n")
-        plot(rows, arguments.out / "codecs.png")
+    if file:
+        plot(rows, file.with_suffix(".png"))
 
 
 if __name__ == "__main__":

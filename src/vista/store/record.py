@@ -252,7 +252,10 @@ def _dequantize(stored: Sequence[Mapping[str, np.ndarray]], codec: str, out: np.
             bits <<= 16
         case _:
             np.concatenate(tokens, out=rows)
-            rows *= np.concatenate([arrays[SCALE] for arrays in stored])[:, None]
+            scale = np.concatenate([arrays[SCALE] for arrays in stored])
+            import torch  # here: only who decodes waits for it. Its product with a column takes 2/3 of numpy's time
+
+            torch.from_numpy(rows).mul_(torch.from_numpy(scale)[:, None])
 
 
 def error_bound(tokens: np.ndarray, codec: str) -> np.ndarray:

@@ -20,7 +20,7 @@ import numpy as np
 from vista.errors import StoreError
 from vista.store import lmdb_store
 from vista.store.contract import SummaryStore, open_store
-from vista.store.record import Record, decode, encode, user_key
+from vista.store.record import Record, decode, encode, unpack, user_key
 
 VERSION = "written-by-steps"
 NUM_USERS = 60
@@ -75,7 +75,7 @@ def read(url: str, duration_s: float) -> None:
     with open_store(url, read_only=True) as store:
         end_s = time.monotonic() + duration_s
         while time.monotonic() < end_s:
-            steps = {decode(blob, VERSION).num_events for blob in store.get_many("tokens", keys, VERSION) if blob}
+            steps = {unpack(blob, VERSION).num_events for blob in store.get_many("tokens", keys, VERSION) if blob}
             assert len(steps) == 1, f"steps {steps} at one moment"
             assert not seen or min(steps) >= seen[-1], "went back in time"
             seen += steps - set(seen)

@@ -39,6 +39,9 @@ class ActivationUnit(nn.Module):
         self.prelu = nn.PReLU(UNIT_WIDTH)
         self.out = nn.Linear(UNIT_WIDTH, 1)
         self.same_item = nn.Parameter(torch.ones(1))
+        # At first the own item's events count alone: a sum of a thousand random weights drowns what can be learned.
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
 
     def forward(self, v: Tensor, e: Tensor, is_same: Tensor) -> Tensor:
         """v (Q, C, D), e (Q, R, D), is_same (Q, C, R), to (Q, C, R)."""

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from vista.cli.main import app
 from vista.cli.reference import commands, reference
+from vista.config import MODELS, ModelConfig
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -139,6 +140,17 @@ def test_the_tree_in_readme_equals_the_disk() -> None:
 
 def test_the_command_reference_is_current() -> None:
     assert (ROOT / "docs" / "cli.md").read_text() == reference(), "docs/cli.md is not current; run: make docs"
+
+
+def test_the_page_of_the_baselines_has_every_model_and_the_defaults_of_the_settings() -> None:
+    text = (ROOT / "docs" / "baselines.md").read_text()
+    rows = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:2] == "| "]
+    models = {row[0] for row in rows if len(row) == 5} - {"--model"}
+    assert models == set(MODELS) - {"vista", "recent", "counts"}
+    settings = {row[0]: row[1] for row in rows if len(row) == 3 and row[0] != "setting"}
+    assert settings == {name: str(getattr(ModelConfig(), name)) for name in settings}
+    read = {name.strip(" `") for row in rows if len(row) == 5 for name in row[3].split(",")} - {"", "settings"}
+    assert read <= settings.keys() | {"recent_events"}
 
 
 def test_the_version_has_a_changelog_entry() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -136,3 +137,32 @@ def test_data_of_another_catalogue_is_refused(service: Path) -> None:
     )
     assert result.exit_code == 2
     assert "trained on other data" in result.stderr
+
+
+def test_a_user_is_forgotten(service: Path, tmp_path: Path) -> None:
+    """An item, then everything; the ranking is that of somebody who was never there."""
+    for name in ("data", "store"):
+        shutil.copytree(service / name, tmp_path / name)
+    place = ["--data", tmp_path / "data", "--store", tmp_path / "store", "--user", "u5"]
+    first = PreparedData.open(service / "data")
+    user = first.user_index("u5")
+    assert user is not None
+    met = first.catalogue.decode(first.histories.item[slice(*first.histories.offsets[user : user + 2])])
+    out = vista("forget", service / "run", *place, "--item", met[0])
+    assert out.startswith(f"removed {met.count(met[0])} events, ")
+    assert f"{tmp_path / 'store'}: records of 1 users and versions made anew, of 0 deleted" in out
+    refused = CliRunner().invoke(app, [str(word) for word in ("forget", service / "run", *place, "--item", "nothing")])
+    assert refused.exit_code == 2
+    assert "--item nothing: not in the catalogue" in refused.stderr
+    out = vista("forget", service / "run", *place, "--before", "2023-11-15T12:00:00")
+    assert out.startswith("removed ")
+    out = vista("forget", *place, "--all")
+    assert "of 0 users and versions made anew, of 1 deleted" in out
+    assert vista("forget", *place, "--all").startswith(f"nothing to remove of user u5 in {tmp_path / 'data'}")
+    vista("evaluate", service / "run", "--data", tmp_path / "data", "--json")
+    known, nobody, other = (
+        ranking(service, name, "item 1", str(tmp_path / "store")) for name in ("u5", "nobody", "u30")
+    )
+    assert known["known_user"] is False
+    assert known["scores"] == nobody["scores"]
+    assert other["num_events"] == 120

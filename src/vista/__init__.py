@@ -7,6 +7,7 @@
     run = vista.load("RUN")                            # run.summarizer, run.ranker, run.config
     vista.summarize("RUN", "DATA", "STORE")            # every user's tokens into a store
     vista.rank("RUN", "STORE", user=7, candidates=[1, 2, 3])
+    vista.forget("DATA", "STORE", [7], ["RUN"], item=3)  # as if user 7 had never met item 3
 
 Each call does what the command of the same name does; see vista.api for the arguments.
 """
@@ -21,10 +22,10 @@ try:
 except PackageNotFoundError:  # run from a source tree that is not installed
     __version__ = "0+unknown"
 
-__all__ = ["evaluate", "load", "prepare", "rank", "summarize", "train"]
+__all__ = ["evaluate", "forget", "load", "prepare", "rank", "summarize", "train"]
 
 if TYPE_CHECKING:
-    from vista.api import evaluate, load, prepare, rank, summarize, train
+    from vista.api import evaluate, forget, load, prepare, rank, summarize, train
 
 
 def __getattr__(name: str) -> Any:

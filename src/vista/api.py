@@ -3,21 +3,26 @@
 prepare    event log -> prepared data         train      prepared data -> run
 load       run -> model, config, catalogue    evaluate   run, data -> metrics
 summarize  run, data -> store                 rank       run, store, user, candidates -> scores
+forget     data, store, users -> both without some of their events
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from vista.checkpoint import Run, load_run
 from vista.config import resolve, setting_key
+from vista.data.forget import Selection
 from vista.data.histories import PreparedData
 from vista.data.prepare import PrepareOptions
 from vista.data.prepare import prepare as _prepare
 from vista.errors import ConfigError
 from vista.evaluation.evaluate import evaluate as _evaluate
 from vista.evaluation.results import Evaluation
+from vista.jobs.forget import ForgetReport
+from vista.jobs.forget import forget as _forget
 from vista.jobs.summarize import SummarizeReport
 from vista.jobs.summarize import summarize as _summarize
 from vista.schema import Manifest
@@ -25,7 +30,7 @@ from vista.serving.scorer import Scorer
 from vista.store.contract import open_store
 from vista.training.loop import train as _train
 
-__all__ = ["evaluate", "load", "prepare", "rank", "summarize", "train"]
+__all__ = ["evaluate", "forget", "load", "prepare", "rank", "summarize", "train"]
 
 
 def prepare(events: Path | str, out: Path | str, **options: Any) -> Manifest:
@@ -88,3 +93,15 @@ def rank(run: Path | str, store: str, user: Any, candidates: list[Any], at_us: i
         "as_of_us": ranking.as_of_us,
         "version": loaded.version,
     }
+
+
+def forget(
+    data: Path | str, store: str, users: Sequence[Any], runs: Sequence[Path | str] = (), *, item: Any = None,
+    before_us: int | None = None, everything: bool = False, delete_others: bool = False, quiet: bool = False,
+) -> ForgetReport:  # fmt: skip
+    """Remove users' events of an item, before a moment (microseconds since 1970 UTC), or all, from data and store.
+
+    runs: the model versions in the store whose records are to be made anew. See docs/forgetting.md.
+    """
+    selection = Selection(tuple(users), item, before_us, everything)
+    return _forget(Path(data), str(store), selection, [load_run(run) for run in runs], delete_others, quiet)

@@ -19,12 +19,14 @@
         source.npy               (num_impressions,) int8, an index into SOURCES
         context.npy              (num_impressions, X) float32: numbers as they are, categories as hash buckets
         best_score.npy           (num_impressions, T) float32, only in synthetic worlds: the true probability
+      forget.json                only while `vista forget` changes the folder; forget.partial/ beside it, new files
 
 A *request* is one moment at which candidates were shown to one user; an *impression* is one candidate of a request.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -33,6 +35,7 @@ from typing import Any
 from vista.errors import DataError, StaleOutput
 
 FORMAT_VERSION = 1
+JOURNAL = "forget.json"  # in a data folder while `vista forget` changes it: nothing else may read it then
 SPLITS = ("train", "validation", "test")
 SOURCES = ("given", "positive", "popularity", "category", "history")  # where an impression's candidate came from
 NUM_CONTEXT_BUCKETS = 1024  # values of a categorical context column are hashed into this many
@@ -67,6 +70,12 @@ class Manifest:
     checksums: dict[str, str] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
+    @property
+    def fingerprint(self) -> str:
+        """Hash of statistics and checksums: another one after every change of the data."""
+        text = json.dumps([self.statistics, self.checksums], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
     def save(self, folder: Path) -> None:
         """Write ``folder/manifest.json`` in one atomic step."""
         partial = folder / "manifest.json.partial"
@@ -76,6 +85,16 @@ class Manifest:
     @classmethod
     def load(cls, folder: Path) -> Manifest:
         """Read ``folder/manifest.json``. Raises DataError or StaleOutput, saying what to run."""
+        if (folder / JOURNAL).exists():
+            raise StaleOutput(
+                f"{folder}: vista forget is at work here or was interrupted ({folder / JOURNAL}); run it again, with "
+                "the same options: it completes what it began"
+            )
+        return cls.read(folder)
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """As ``load``, also of a folder that is being changed."""
         path = folder / "manifest.json"
         if not path.exists():
             what = (

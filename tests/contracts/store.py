@@ -198,6 +198,7 @@ class StoreContract:
                 lambda: store.publish(V1),
                 lambda: store.delete(b"a"),
                 lambda: store.drop_version(V1),
+                store.compact,
             ):
                 with pytest.raises(StoreError, match="cannot be written"):
                     action()
@@ -303,6 +304,57 @@ class StoreContract:
         assert store.drop_version(V2) == 0
         fill(store, V2, b"a")  # and it can come back
         assert store.versions()[-1].num_users == 1
+
+    # -- compaction
+
+    def test_compaction_changes_nothing_that_can_be_read(self, store):
+        users = numbered(MANY)
+        for version in (V1, V2):
+            fill(store, version, *users)
+            store.publish(version)
+        store.commit([("border", users[3], b"x" * 100_000), ("state", users[5], b"")], V1)
+        for user in users[::2]:
+            store.delete(user, V2)
+        everything = [list(store.scan(kind, version)) for kind in KINDS for version in (V1, V2)]
+        known = store.versions(), store.published()
+        for _ in range(2):
+            assert store.compact() >= 0
+            assert [list(store.scan(kind, version)) for kind in KINDS for version in (V1, V2)] == everything
+            assert (store.versions(), store.published()) == known
+        store.commit(writes(b"new"), V1)
+        assert store.get_many("tokens", [b"new", users[0]], V1) == [b"tokens of new ", tokens_of(V1, users[0])]
+        assert store.rollback() == V1
+
+    def test_an_empty_store_can_be_compacted(self, store):
+        assert store.compact() >= 0
+        assert store.versions() == []
+        fill(store, V1, b"a")
+        assert store.get_many("tokens", [b"a"], V1) == [tokens_of(V1, b"a")]
+
+    def test_threads_read_and_write_while_it_is_compacted(self, store):
+        """No write is lost, no reader is sent back in time, and a scan goes on where it was."""
+        users = numbered(MANY)
+        fill(store, V1, *users)
+        stop = threading.Event()
+
+        def compact() -> None:
+            for _ in range(10):
+                store.compact()
+            stop.set()
+
+        def write(thread: int) -> None:
+            number = 0
+            while not stop.is_set():
+                store.commit(writes(b"thread %d" % thread, mark=b"%d" % number), V1)
+                assert store.get_many("tokens", [b"thread %d" % thread], V1)[0].endswith(b" %d" % number)
+                number += 1
+
+        def scan() -> None:
+            while not stop.is_set():
+                assert [user for user, _ in store.scan("tokens", V1)][:MANY] == users
+
+        run_threads([compact, partial(write, 1), partial(write, 2), scan])
+        assert store.versions()[0].num_users == MANY + 2
 
     # -- many at once
 

@@ -139,6 +139,49 @@ def test_category_draws_in_proportion_within_the_category(tmp_path: Path) -> Non
     assert_near(drawn[2], 4000, 0.25)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_history_negatives_are_own_items_last_met_about_as_long_ago_as_the_positive(seed: int, tmp_path: Path) -> None:
+    log = small_log(seed, events=600, seconds=300).sort("timestamp", maintain_order=True)
+    options: dict[str, Any] = {"history_negatives": 3, "keep_duplicates": True, **ALL_TRAIN}
+    data = prepared(tmp_path, log, popularity_negatives=1, seed=seed, **options)
+    num_found = num_new = 0
+    for request in requests_of(data):
+        time = request.time_us // SECOND_US
+        own = log.filter((pl.col("user_id") == request.user) & (pl.col("timestamp") < time))["item_id"].to_list()
+        distance = {item: len(own) - place for place, item in enumerate(own)}  # the last meeting counts
+        burst = log.filter((pl.col("timestamp") == time) & (pl.col("user_id") == request.user))["item_id"].to_list()
+        drawn = [i for i, source in zip(request.items, request.sources, strict=True) if source == "history"]
+        if request.positive not in distance:
+            num_new += 1
+            assert not drawn
+        for item in drawn:
+            assert item not in burst
+            assert 0.5 * distance[request.positive] - 1 < distance[item] < 2 * distance[request.positive]
+        num_found += len(drawn)
+    assert num_found > 100
+    assert num_new > 0
+
+
+def test_history_negatives_are_drawn_evenly_on_the_scale_of_distances(tmp_path: Path) -> None:
+    """Item 0 was last met 64 events ago and 200 others, each once, around it: as many nearer as farther."""
+    items = [*range(100, 236), 0, *range(300, 363)]
+    one = pl.DataFrame({"item_id": [*items, 0], "timestamp": START_S + np.arange(len(items) + 1)})
+    log = pl.concat([one.with_columns(user_id=pl.lit(user)) for user in range(1000)])
+    data = prepared(tmp_path, log, popularity_negatives=0, history_negatives=1, **ALL_TRAIN)
+    last = START_S + len(items)
+    drawn = [
+        i
+        for r in requests_of(data)
+        if r.time_us == last * SECOND_US
+        for i, source in zip(r.items, r.sources, strict=True)
+        if source == "history"
+    ]
+    distance = len(items) - np.array([items.index(i) for i in drawn])
+    assert len(drawn) == 1000
+    assert_near(int((distance < 64).sum()), 1000, 0.5)
+    assert_near(int((distance < 48).sum()), 1000, np.log2(1.5) / 2)
+
+
 def test_the_place_of_the_positive_says_nothing(tmp_path: Path) -> None:
     log = many_asked(dict.fromkeys(range(1, 40), 10) | {50: 1}, 4000, positive=50)
     requests = [r for r in requests_of(prepared(tmp_path, log, **ALL_TRAIN)) if r.positive == 50]
@@ -161,13 +204,14 @@ def test_draws_hang_on_nothing_but_the_past(tmp_path: Path, monkeypatch: pytest.
     log = small_log(events=400)
     border = START_S + 250
     past = log.filter(pl.col("timestamp") < border)
-    both = [requests_of(prepared(tmp_path, frame, items=genres(), **ALL_TRAIN)) for frame in (log, past)]
+    options: dict[str, Any] = {"items": genres(), "history_negatives": 2, **ALL_TRAIN}
+    both = [requests_of(prepared(tmp_path, frame, **options)) for frame in (log, past)]
     whole, alone = ([r for r in requests if r.time_us < border * SECOND_US] for requests in both)
     drawn = [(identity(request), request.items, request.sources) for request in whole]
     assert drawn == [(identity(request), request.items, request.sources) for request in alone]
     monkeypatch.setattr(vista.data.impressions, "CHUNK_ROWS", 7)
     monkeypatch.setattr(SortedLog.chunks, "__defaults__", (30,))
-    pieces = prepared(tmp_path, past, items=genres(), events_per_partition=3, **ALL_TRAIN)
+    pieces = prepared(tmp_path, past, events_per_partition=3, **options)
     assert requests_of(pieces) == alone
 
 

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from tests.training.worlds import SMALL, write_world
+from vista.batches.feeds import make_feed
+from vista.batches.timelines import TimelineWalk
 from vista.checkpoint import Run, load_run
 from vista.config import resolve
 from vista.data.histories import PreparedData
 from vista.errors import CheckpointError, ConfigError
-from vista.evaluation.evaluate import best_possible, evaluate, model_name
+from vista.evaluation.evaluate import best_possible, evaluate, model_name, with_candidates
 from vista.evaluation.metrics import normalized_entropy, ranking_metrics
 from vista.evaluation.results import Evaluation
+from vista.jobs.summarize import summarize
+from vista.models.baselines import base
 from vista.models.inputs import Events
 from vista.training.loop import train
 
@@ -79,13 +84,46 @@ def test_full_ranking_ranks_the_positive_among_all_items(data, run):
         assert result.metrics["click"][name] == pytest.approx(value), name
 
 
-def test_counts_cannot_rank_the_catalogue(data, tmp_path):
-    settings = SMALL | {"train.max_steps": 3, "model.model": "counts"}
-    counts = load_run(train(data, tmp_path / "run", resolve("tiny", overrides=settings), quiet=True))
+def run_of(data: PreparedData, folder: Path, **settings: object) -> Run:
+    """A run of three steps."""
+    overrides = SMALL | {"train.max_steps": 3} | {f"model.{name}": value for name, value in settings.items()}
+    return load_run(train(data, folder, resolve("tiny", overrides=overrides), quiet=True))
+
+
+@pytest.mark.parametrize(("model", "name"), [("counts", "counts"), ("recent+counts", "recent+counts 16")])
+def test_what_reads_counts_cannot_rank_the_catalogue(data, tmp_path, model, name):
+    counts = run_of(data, tmp_path / "run", model=model)
     assert np.isfinite(evaluate(counts, data, quiet=True).metrics["click"]["ne"])
     with pytest.raises(ConfigError, match="leave out --full-ranking"):
         evaluate(counts, data, full_ranking=True, quiet=True)
-    assert model_name(counts) == "counts"
+    assert model_name(counts) == name
+
+
+@pytest.mark.parametrize("model", ["sim", "hstu"])
+def test_a_baseline_ranks_the_catalogue_as_it_scores_what_is_shown(data, tmp_path, monkeypatch, model):
+    """Ranked in pieces of few candidates, the items shown get the scores they got as shown."""
+    baseline = run_of(data, tmp_path / "run", model=model, history_events=30, top_k=4)
+    step = next(iter(TimelineWalk(make_feed(data, baseline.config, "test")[0])))
+    items = torch.arange(baseline.catalogue.first_item, baseline.catalogue.num_indices)
+    with torch.no_grad():
+        prepared, _ = baseline.model.prepare(step.batch, ())
+        shown = baseline.model.rank(prepared, step.batch.requests)
+        monkeypatch.setattr(base, "NUMBERS_PER_PIECE", 1000)
+        every = with_candidates(step.batch.requests, torch.arange(len(shown)), items)
+        logits = baseline.model.rank(prepared, every)[..., 0]
+    found = logits.gather(1, step.batch.requests.candidate - baseline.catalogue.first_item)
+    torch.testing.assert_close(found, shown[..., 0], rtol=1e-4, atol=1e-4)
+    assert evaluate(baseline, data, full_ranking=True, quiet=True).metrics["click"]["hr@10"] > 0
+    assert model_name(baseline) == {"sim": "sim hard 4 of 30", "hstu": "hstu 30"}[model]
+
+
+@pytest.mark.parametrize(
+    ("model", "read"), [("twin", "the last 1,024 events"), ("vista+counts", "exact counts"), ("counts", "exact counts")]
+)
+def test_what_reads_more_than_a_store_holds_cannot_be_ranked_from_one(data, tmp_path, model, read):
+    run = run_of(data, tmp_path / "run", model=model)
+    with pytest.raises(CheckpointError, match=f"reads {read}.*which a store does not hold.*--model vista"):
+        summarize(run, data, None, quiet=True)  # type: ignore[arg-type]
 
 
 def test_best_possible_is_there_for_worlds_that_know_it_alone(data, tmp_path):

@@ -403,6 +403,19 @@ def test_a_thousand_events_of_one_moment_and_a_gap_of_ten_years(spacing):
     check_equal_to_batch(RUN, store, log)
 
 
+def test_a_repeat_of_an_event_let_go_is_known_while_others_of_its_time_are_held():
+    """A kept border lies between them, from which what is held would be enough to replay."""
+    log = replace(ordered_log(7 * S + 4), event_id=None)
+    first, border = 5 * S, 6 * S  # a kept one
+    log = replace(log, time=[log.time[first] if first <= place < border else t for place, t in enumerate(log.time)])
+    options = UpdateOptions(MemoryLog(), Spacing(2, 2), CLOCK, codec="float32")
+    store, _ = stream(RUN, log, [], options)
+    assert first + 1 < len(log.time) - R < border
+    update = apply_events(RUN, store, log.part([first + 1]), options)
+    assert update.outcome.tolist() == [DUPLICATE]
+    check_equal_to_batch(RUN, store, log)
+
+
 def test_a_user_whose_state_is_not_stored_is_read_from_the_source():
     log = ordered_log(3 * S)
     source = MemoryLog()

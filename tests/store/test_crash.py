@@ -35,7 +35,7 @@ def kill_writers(path: Path, num_kills: int, seed: int) -> tuple[int, int]:
         for step in acknowledged:
             steps |= dict.fromkeys(users_of(step, USERS_AT_ONCE), step)
         last = next_step + len(acknowledged)  # under way, or done and not yet said
-        if not (path / "data.mdb").exists():
+        if not (path / "CURRENT").exists():
             assert not acknowledged
             continue
         with open_store(str(path)) as store:

@@ -34,6 +34,11 @@ class TestLmdbContractInATinyMap(TestLmdbContract):
         monkeypatch.setattr("vista.store.lmdb_store.FIRST_MAP_BYTES", 1 << 16)
 
 
+def data_file(path: Path) -> Path:
+    """The database file of a store that was never compacted."""
+    return path / "1" / "data.mdb"
+
+
 def map_bytes(store: LmdbStore) -> int:
     return store._env.info()["map_size"]
 
@@ -78,7 +83,7 @@ def test_an_environment_of_another_process_has_grown(tmp_path, monkeypatch):
         assert writer.stdout.readline() == "400\n"
         writer.kill()
         writer.communicate()
-        assert (tmp_path / "data.mdb").stat().st_size > before
+        assert data_file(tmp_path).stat().st_size > before
         assert set(step_of(store).values()) <= set(range(400, 500))
         store.commit(writes(b"a"), V1)
         assert map_bytes(store) > before
@@ -92,14 +97,14 @@ def test_readers_in_other_processes_see_one_moment_each_while_a_writer_is_at_wor
     writer = start("write", tmp_path, 1, NUM_USERS)
     assert writer.stdout is not None
     assert writer.stdout.readline() == "1\n"
-    size = (tmp_path / "data.mdb").stat().st_size
+    size = data_file(tmp_path).stat().st_size
     readers = [start("read", tmp_path, 1.5) for _ in range(3)]
     num_seen = [int(reader.communicate(timeout=60)[0]) for reader in readers]
     writer.kill()
     writer.communicate()
     assert [reader.returncode for reader in readers] == [0, 0, 0]
     assert min(num_seen) > 3, "a reader never saw the writer at work"
-    assert (tmp_path / "data.mdb").stat().st_size > 4 * size
+    assert data_file(tmp_path).stat().st_size > 4 * size
 
 
 def test_a_killed_reader_leaves_no_trace(tmp_path):
@@ -144,7 +149,7 @@ def test_a_path_is_a_store_with_and_without_its_scheme(tmp_path):
     odd = tmp_path / "with:colon"
     with open_store(str(odd)) as store:
         fill(store, V1)
-    assert (odd / "data.mdb").exists()
+    assert data_file(odd).exists()
 
 
 @pytest.mark.parametrize("read_only", [True, False])
@@ -157,23 +162,47 @@ def test_a_file_in_the_way(tmp_path, read_only):
 
 @pytest.mark.parametrize("content", [b"", b"no store at all", bytes(8192)], ids=["empty", "text", "zeros"])
 def test_a_file_that_is_no_database(tmp_path, content):
-    (tmp_path / "data.mdb").write_bytes(content)
+    data_file(tmp_path).parent.mkdir()
+    data_file(tmp_path).write_bytes(content)
+    (tmp_path / "CURRENT").write_text("1\n")
     with pytest.raises(StoreError, match="cannot be opened"):
         open_store(str(tmp_path), read_only=True)
     if content:
         with pytest.raises(StoreError, match="cannot be opened"):
             open_store(str(tmp_path))
-        assert (tmp_path / "data.mdb").read_bytes() == content
+        assert data_file(tmp_path).read_bytes() == content
 
 
 def test_a_database_of_somebody_else(tmp_path):
     """It has none of our tables; after the refusal it can be opened as what it is."""
-    with lmdb.open(str(tmp_path)) as other, other.begin(write=True) as transaction:
+    folder = tmp_path / "1"
+    folder.mkdir()
+    with lmdb.open(str(folder)) as other, other.begin(write=True) as transaction:
         transaction.put(b"theirs", b"value")
+    (tmp_path / "CURRENT").write_text("1\n")
     with pytest.raises(StoreError, match="cannot be opened"):
         open_store(str(tmp_path), read_only=True)
-    with lmdb.open(str(tmp_path)) as other, other.begin() as transaction:
+    with lmdb.open(str(folder)) as other, other.begin() as transaction:
         assert transaction.get(b"theirs") == b"value"
+
+
+@pytest.mark.parametrize("read_only", [True, False])
+def test_a_database_without_generations(tmp_path, read_only):
+    with lmdb.open(str(tmp_path)) as other, other.begin(write=True) as transaction:
+        transaction.put(b"theirs", b"value")
+    with pytest.raises(StoreError, match=r"a database without generations.*move it away"):
+        open_store(str(tmp_path), read_only)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data.mdb", "lock.mdb"]
+
+
+@pytest.mark.parametrize("content", ["", "one\n", "-1\n"])
+def test_a_pointer_to_nowhere(tmp_path, content):
+    with open_store(str(tmp_path)) as store:
+        fill(store, V1, b"a")
+    (tmp_path / "CURRENT").write_text(content)
+    for read_only in (True, False):
+        with pytest.raises(StoreError, match="is no number of a generation"):
+            open_store(str(tmp_path), read_only)
 
 
 def test_one_store_twice_in_one_process(tmp_path):
@@ -214,7 +243,8 @@ def test_a_folder_without_permission(open_folder):
     place = open_folder / "store"
     with open_store(str(place)) as store:
         fill(store, V1, b"a")
-    modes = {path: path.stat().st_mode for path in (open_folder, place, place / "data.mdb", place / "lock.mdb")}
+    closed = (open_folder, place, place / "CURRENT", place / "1", data_file(place), place / "1" / "lock.mdb")
+    modes = {path: path.stat().st_mode for path in closed}
     for path, mode in modes.items():
         path.chmod(mode & ~0o222)
     try:

@@ -81,6 +81,14 @@ def read(path: str, duration_s: float) -> None:
     print(len(seen), flush=True)
 
 
+def compact(path: str) -> None:
+    """Compact without end, each time printed when it has returned."""
+    with open_store(path) as store:
+        for number in itertools.count():
+            store.compact()
+            os.write(1, b"%d\n" % number)
+
+
 def fill(path: str, max_file_bytes: int) -> None:
     """Write until no file may grow any more; print the last step and the error."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes, max_file_bytes))
@@ -109,6 +117,8 @@ if __name__ == "__main__":
             write(path, int(first_step), int(num_users))
         case ["read", path, duration_s]:
             read(path, float(duration_s))
+        case ["compact", path]:
+            compact(path)
         case ["fill", path, max_file_bytes]:
             fill(path, int(max_file_bytes))
         case words:

@@ -8,14 +8,16 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from tests.training.worlds import SMALL, write_world
+from tests.training.worlds import EVENTS_PER_USER, SMALL, write_world
 from vista.checkpoint import load_run, read_tensors, write_tensors
-from vista.config import Config, resolve
+from vista.config import MODELS, Config, resolve
 from vista.data.histories import PreparedData
 from vista.errors import CheckpointError, StaleOutput, TrainingError
 from vista.training import loop
@@ -59,22 +61,24 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
     monkeypatch.setattr(loop.Trainer, "train_step", interrupt)
 
 
-@pytest.mark.parametrize("model", ["vista", "recent", "counts"])
+@pytest.mark.parametrize("model", [*MODELS, "vista+counts", "mean+counts"])
 def test_every_model_learns(data, tmp_path, model):
     settings = {
-        "train__max_steps": 150,
+        "train__max_steps": 60,
         "model__model": model,
-        "train__validate_every_steps": 50,
+        "model__search": "soft",
+        "train__validate_every_steps": 20,
         "train__max_epochs": 99,
     }
     train(data, tmp_path / "run", config(**settings), quiet=True)
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in log] == [50, 100, 150]
+    assert [line["step"] for line in log] == [20, 40, 60]
     assert log[-1]["log_loss"] < log[0]["log_loss"]
+    assert ("auxiliary_log_loss" in log[-1]) == (model == "sim")
     assert load_run(tmp_path / "run").version
 
 
-@pytest.mark.parametrize("model", ["vista", "recent"])
+@pytest.mark.parametrize("model", ["vista", "recent", "sasrec+counts"])
 @pytest.mark.parametrize("stop", [1, 7, 15])
 def test_an_interrupted_run_resumes_to_the_same_weights(data, tmp_path, monkeypatch, model, stop):
     """Stops fall before and after validations and inside epochs with lanes under way."""
@@ -149,6 +153,22 @@ def test_labels_that_never_vary_are_refused(tmp_path, label):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("model", ["vista", "hstu+counts"])
+def test_long_histories_before_the_first_request_are_read_without_a_step(tmp_path, model):
+    """As where shown items were logged for the last weeks alone: whole batches hold events, but no request."""
+    late = write_world(tmp_path / "data")
+    for split in ("train", "validation", "test"):
+        folder = tmp_path / "data" / "impressions" / split
+        known = np.load(folder / "num_known.npy")
+        np.save(folder / "num_known.npy", np.full_like(known, EVENTS_PER_USER - 1))
+        times = late.histories.timestamp_us.reshape(-1, EVENTS_PER_USER)[np.load(folder / "user.npy"), -1]
+        np.save(folder / "timestamp_us.npy", times)
+    settings = config(model__model=model, train__window_segments=1, train__max_steps=8)
+    run = train(PreparedData.open(late.folder), tmp_path / "run", settings, quiet=True)
+    assert read_tensors(run / "training.safetensors")[1]["step"] == 8
+    assert all(t.isfinite().all() for t in tensors(run, "model.safetensors").values())
+
+
 def test_a_loss_that_is_not_finite_is_named(data, tmp_path):
     with pytest.raises(TrainingError, match=r"the loss is .* at step \d+ .*lower dense_lr"):
         train(
@@ -173,6 +193,15 @@ def test_resuming_on_other_data_is_refused(data, tmp_path):
     )
     with pytest.raises(CheckpointError, match="other data"):
         train(PreparedData.open(other.folder), tmp_path / "run", config(train__max_steps=2), resume=True, quiet=True)
+
+
+def test_resuming_on_data_that_was_changed_is_refused(data, tmp_path):
+    """The order of users and the carried memory are those of the data as it was."""
+    before = write_world(tmp_path / "data")
+    train(before, tmp_path / "run", config(train__max_steps=2), quiet=True)
+    replace(before.manifest, statistics={"num_users": 29}).save(before.folder)
+    with pytest.raises(CheckpointError, match="was changed since it was started"):
+        train(PreparedData.open(before.folder), tmp_path / "run", config(train__max_steps=4), resume=True, quiet=True)
 
 
 def test_a_damaged_or_misfit_checkpoint_is_named(data, tmp_path):
@@ -201,3 +230,12 @@ def test_the_version_depends_on_content_alone(data, tmp_path):
 def test_bfloat16_trains(data, tmp_path):
     run = train(data, tmp_path / "run", config(train__precision="bfloat16"), quiet=True)
     assert all(t.isfinite().all() for t in tensors(run, "model.safetensors").values())
+
+
+def test_resuming_a_finished_run_changes_nothing(data, tmp_path):
+    for name, changes in {"steps": {"train__max_steps": 6}, "stalled": {"train__patience": 1}}.items():
+        settings = config(**changes)
+        run = train(data, tmp_path / name, settings, quiet=True)
+        before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+        train(data, run, settings, resume=True, quiet=True)
+        assert {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()} == before

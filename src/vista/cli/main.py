@@ -19,10 +19,12 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from vista.cli.benchmark import app as benchmark
 from vista.cli.data import app as data
 from vista.cli.demo import demo
 from vista.cli.doctor import doctor
 from vista.cli.evaluate import evaluate
+from vista.cli.forget import forget
 from vista.cli.prepare import prepare
 from vista.cli.summarize import rank, summarize
 from vista.cli.train import train
@@ -102,11 +104,13 @@ def common(
 
 app.command()(demo)
 app.add_typer(data)
+app.add_typer(benchmark)
 app.command()(prepare)
 app.command()(train)
 app.command()(evaluate)
 app.command()(summarize)
 app.command()(rank)
+app.command()(forget)
 app.command()(doctor)
 
 

@@ -50,6 +50,9 @@ def prepare(
     category_negatives: Annotated[
         int, typer.Option(help="Negatives of the positive's category, where items have one.")
     ] = 4,
+    history_negatives: Annotated[
+        int, typer.Option(help="Negatives from the user's own past, last met about as long ago as the positive.")
+    ] = 0,
     max_requests: Annotated[
         int, typer.Option(help="Requests made from events at most (a uniform sample).")
     ] = 2_000_000,
@@ -79,7 +82,8 @@ def prepare(
         item_features=tuple(item_feature or ()), category_feature=category_feature, tasks=tuple(task or ()),
         context=tuple(context or ()), max_history=max_history, min_user_events=min_user_events, max_burst=max_burst,
         keep_duplicates=keep_duplicates, popularity_negatives=popularity_negatives,
-        category_negatives=category_negatives, max_requests=max_requests, validation_fraction=validation_fraction,
+        category_negatives=category_negatives, history_negatives=history_negatives,
+        max_requests=max_requests, validation_fraction=validation_fraction,
         test_fraction=test_fraction, validation_from=validation_from, test_from=test_from,
         unknown_buckets=unknown_buckets, catalogue=catalogue, seed=seed,
     )  # fmt: skip

@@ -11,7 +11,13 @@ import typer
 def train(
     data: Annotated[Path, typer.Argument(help="Prepared data folder (vista prepare).")],
     out: Annotated[Path, typer.Option(help="Run folder to write.")],
-    model: Annotated[str, typer.Option(help="vista, recent (no summary) or counts (no sequence model).")] = "vista",
+    model: Annotated[
+        str,
+        typer.Option(
+            help="vista; recent (no summary), counts (no sequence model); mean, din, sim, twin, sasrec, hstu (the "
+            "field's). With +counts behind it, as in vista+counts, exact counts are read as well."
+        ),
+    ] = "vista",
     size: Annotated[str, typer.Option(help="tiny, small or base: one dial for all widths.")] = "small",
     config: Annotated[Path | None, typer.Option(help="TOML file with tables [model] and [train].")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of weights and of the order of users.")] = None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,13 +16,13 @@ from vista.errors import DataError
 
 
 class ArrayWriter:
-    """A one-dimensional .npy file that is written piece by piece, its length known only at the end.
+    """A .npy file that is written row by row, its length known only at the end. row_shape: () for one dimension.
 
     Leaves numpy's own ``tofile`` aside: on a full disk that says how many values it wrote, not that the disk is full.
     """
 
-    def __init__(self, path: Path, dtype: np.typing.DTypeLike) -> None:
-        self.dtype = np.dtype(dtype)
+    def __init__(self, path: Path, dtype: np.typing.DTypeLike, row_shape: tuple[int, ...] = ()) -> None:
+        self.dtype, self.row_shape = np.dtype(dtype), row_shape
         self.length = 0
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("wb")
@@ -29,7 +30,8 @@ class ArrayWriter:
 
     def _write_header(self) -> None:
         # numpy pads the header so that a longer first dimension fits in its place
-        header = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": (self.length,)}
+        shape = (self.length, *self.row_shape)
+        header = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(self._file, header)
 
     def append(self, values: np.ndarray) -> None:
@@ -43,7 +45,8 @@ class ArrayWriter:
         end = self._file.tell()
         self._file.seek(0)
         self._write_header()
-        assert end == self._file.tell() + self.length * self.dtype.itemsize, "the header changed its size"
+        num_bytes = self.length * math.prod(self.row_shape) * self.dtype.itemsize
+        assert end == self._file.tell() + num_bytes, "the header changed its size"
         self._file.close()
 
     def __enter__(self) -> ArrayWriter:
@@ -68,15 +71,25 @@ def save_array(path: Path, array: np.ndarray) -> None:
         file.write(array.tobytes())
 
 
+def read_shape(path: Path) -> tuple[tuple[int, ...], np.dtype]:
+    """Shape and type of a .npy file."""
+    with path.open("rb") as file:
+        np.lib.format.read_magic(file)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+        return shape, dtype
+
+
 def read_slice(path: Path, first: int, end: int) -> np.ndarray:
-    """Elements first .. end - 1 of a one-dimensional .npy file, read rather than mapped.
+    """Rows first .. end - 1 of a .npy file, read rather than mapped.
 
     Mapped pages count as resident memory for as long as the kernel likes; a pass over a large log should not.
     """
     with path.open("rb") as file:
         np.lib.format.read_magic(file)
-        _, _, dtype = np.lib.format.read_array_header_1_0(file)
-        return np.fromfile(file, dtype, end - first, offset=first * dtype.itemsize)
+        (_, *row_shape), _, dtype = np.lib.format.read_array_header_1_0(file)
+        width = math.prod(row_shape)
+        values = np.fromfile(file, dtype, (end - first) * width, offset=first * width * dtype.itemsize)
+        return values.reshape(end - first, *row_shape)
 
 
 def ragged_rows(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:

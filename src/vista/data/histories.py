@@ -14,7 +14,7 @@ import numpy as np
 import polars as pl
 
 from vista.catalogue import Catalogue
-from vista.errors import DataError
+from vista.errors import DataError, StaleOutput
 from vista.schema import SPLITS, Manifest
 
 
@@ -70,10 +70,11 @@ class Impressions:
 
 @dataclass(frozen=True)
 class PreparedData:
-    """A prepared data folder."""
+    """A prepared data folder. is_changing: it is opened by `vista forget` itself, which is about to change it."""
 
     folder: Path
     manifest: Manifest
+    is_changing: bool = False
 
     @classmethod
     def open(cls, folder: Path | str) -> PreparedData:
@@ -85,6 +86,7 @@ class PreparedData:
     def histories(self) -> Histories:
         events = self.folder / "events"
         histories = Histories(*(self._map(events / f"{n}.npy") for n in ("offsets", "item", "action", "timestamp_us")))
+        self._check_unchanged()
         if histories.num_events != len(histories.item):
             raise DataError(
                 f"{events}: offsets end at {histories.num_events}, item.npy has {len(histories.item)}; prepare again"
@@ -98,7 +100,9 @@ class PreparedData:
     @cached_property
     def user_ids(self) -> np.ndarray:
         """Original user ids by user index: (U,) int64, or object array of str."""
-        return pl.read_parquet(self.folder / "users.parquet")["user_id"].to_numpy()
+        user_ids = pl.read_parquet(self.folder / "users.parquet")["user_id"].to_numpy()
+        self._check_unchanged()
+        return user_ids
 
     @cached_property
     def _user_index(self) -> dict[Any, int]:
@@ -114,10 +118,18 @@ class PreparedData:
         folder = self.folder / "impressions" / split
         names = ("user", "timestamp_us", "num_known", "offsets", "item", "label", "source", "context")
         best = folder / "best_score.npy"
-        return Impressions(
+        impressions = Impressions(
             **{name: self._map(folder / f"{name}.npy") for name in names},
             best_score=self._map(best) if best.exists() else None,
         )
+        self._check_unchanged()
+        return impressions
+
+    def _check_unchanged(self) -> None:
+        """Raise StaleOutput where files were changed since the folder was opened: user indices would not agree."""
+        now = Manifest.read(self.folder) if self.is_changing else Manifest.load(self.folder)
+        if now != self.manifest:
+            raise StaleOutput(f"{self.folder} was changed by vista forget since it was opened; start again")
 
     @staticmethod
     def _map(path: Path) -> np.ndarray:

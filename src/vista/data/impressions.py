@@ -1,45 +1,35 @@
 """Requests made from the event log itself, where no log of impressions was kept.
 
 A *burst* (events of one user at one time, or with one burst value) is one request, at the time of its first event. That
-event's item is the positive; the burst's other items are neither candidates nor known history. Negatives come from
+event's item is the positive; the burst's other items are neither candidates nor known history. Negatives come from what
+had happened by then (`vista.data.negatives`), so everything is as it could have been at that time. A positive that
+nobody had met before could not have been a negative either, and would give itself away; such bursts make no request.
 
-    popularity   the item of an event drawn uniformly from all users' events strictly before the request
-    category     the same, among events of items of the positive's category
-
-so everything is as it could have been at that time. A positive that nobody had met before could not have been a
-negative either, and would give itself away; such bursts make no request.
-
-Every draw is a hash of (seed, user id, time, slot, attempt): it does not change when events are added at or after the
-request, nor with the number of partitions.
-
-Shape letters: R requests, V items, N events, W slots (candidates wanted beside the positive).
+Shape letters: R requests, V items, U users.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
-import polars as pl
 
-from vista.catalogue import hash_ids
-from vista.data.arrays import chunk_bounds, ragged_rows, search_ranges
+from vista.data.arrays import chunk_bounds
+from vista.data.negatives import BurstItems, NumNegatives, Sources, draw_negatives, shuffle_keys
 from vista.data.sort import Chunk, SortedLog
-from vista.data.split import RequestTable, mix, request_keys, uniform
+from vista.data.split import RequestTable, mix, request_keys
 from vista.progress import Progress
 from vista.schema import SOURCES
 
 TASK = "next"
-MAX_REDRAWS = 20  # of a negative that is already a candidate or belongs to the burst; then the request has one fewer
 CHUNK_ROWS = 200_000  # requests and items of their bursts that are worked on at a time
 
 
 @dataclass(frozen=True)
 class MadeRules:
-    """num_popularity, num_category: negatives wanted per request. max_requests: a uniform sample of at most so many."""
+    """num_negatives: wanted per request, by source. max_requests: a uniform sample of at most so many."""
 
-    num_popularity: int
-    num_category: int
+    num_negatives: NumNegatives
     max_requests: int
     seed: int
 
@@ -82,13 +72,13 @@ def make_requests(
     """
     skipped = Skipped()
     bursts = find_bursts(log, user_hash, num_items, rules, skipped)
-    pool = Pool.build(log, category)
+    sources = Sources.of(log, category, rules.num_negatives)
     parts = []
     sizes = 1 + bursts.end - bursts.first
     with Progress("prepare: candidates", total=len(bursts.user), unit="requests") as progress:
         for first, end in chunk_bounds(sizes, CHUNK_ROWS):
             part = bursts.take(slice(first, end))
-            parts.append(_candidates(part, BurstItems.read(log, part, num_items), pool, rules))
+            parts.append(_candidates(part, BurstItems.read(log, part, num_items), sources, rules))
             progress.advance(end - first)
     return _assemble(bursts, parts, skipped), skipped
 
@@ -148,76 +138,6 @@ def _bursts_of(chunk: Chunk, user_hash: np.ndarray, first_seen_us: np.ndarray, s
 
 
 @dataclass(frozen=True)
-class Pool:
-    """All events in global time order, to draw negatives from.
-
-    time_us, item: (N,). by_category: (N',) uint32 places in them, of the events with a category, by (category, time);
-    category c has category_offsets[c] : category_offsets[c + 1]. category: (V,) of each item, or None.
-    """
-
-    time_us: np.ndarray
-    item: np.ndarray
-    category: np.ndarray | None = None
-    by_category: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint32))
-    category_offsets: np.ndarray = field(default_factory=lambda: np.zeros(2, np.int64))
-
-    @classmethod
-    def build(cls, log: SortedLog, category: np.ndarray | None) -> Pool:
-        """About 40 bytes per event while it sorts, 16 after."""
-        events = pl.DataFrame({"time_us": np.load(log.timestamp_path), "item": np.load(log.item_path)})
-        events = events.sort("time_us", maintain_order=True)
-        time_us, item = events["time_us"].to_numpy(), events["item"].to_numpy()
-        if category is None:
-            return cls(time_us, item)
-        of_event = category[item].astype(np.min_scalar_type(int(category.max(initial=0))))
-        order = np.argsort(of_event, kind="stable").astype(np.uint32)
-        counts = np.bincount(of_event, minlength=int(category.max(initial=0)) + 1)
-        return cls(time_us, item, category, order, np.concatenate([[0], np.cumsum(counts)]))
-
-    def reach(self, bursts: Bursts) -> np.ndarray:
-        """Events to draw from: (R, 2, 2) int64: of the popularity and category source, first place and how many."""
-        reach = np.zeros((len(bursts.user), 2, 2), np.int64)
-        order = np.argsort(bursts.timestamp_us)  # ascending, the search stays near where it was
-        before = np.empty(len(order), np.int64)
-        before[order] = np.searchsorted(self.time_us, bursts.timestamp_us[order])
-        reach[:, 0, 1] = before
-        if self.category is not None:
-            wanted = self.category[bursts.positive]
-            first, end = self.category_offsets[wanted], self.category_offsets[wanted + 1]
-            reach[:, 1, 0] = first
-            reach[:, 1, 1] = np.where(wanted > 0, search_ranges(self.by_category, first, end, before) - first, 0)
-        return reach
-
-    def items_at(self, places: np.ndarray, is_category: np.ndarray) -> np.ndarray:
-        """The items of drawn events."""
-        events = places.copy()
-        events[is_category] = self.by_category[places[is_category]]
-        return self.item[events]
-
-
-@dataclass(frozen=True)
-class BurstItems:
-    """Which items belong to the burst of which request. keys: sorted row * V + item."""
-
-    keys: np.ndarray
-    num_items: int
-
-    @classmethod
-    def read(cls, log: SortedLog, bursts: Bursts, num_items: int) -> BurstItems:
-        """Of some requests; row is the place among them."""
-        lengths = bursts.end - bursts.first
-        row = np.repeat(np.arange(len(lengths)), lengths)
-        items = np.load(log.item_path, mmap_mode="r")[ragged_rows(bursts.first, lengths)]
-        return cls(np.sort(row * num_items + items, kind="stable"), num_items)  # stable: quick on what is nearly sorted
-
-    def contain(self, row: np.ndarray, item: np.ndarray) -> np.ndarray:
-        """(n,) bool."""
-        wanted = row * self.num_items + item
-        place = np.minimum(np.searchsorted(self.keys, wanted), len(self.keys) - 1)
-        return self.keys[place] == wanted
-
-
-@dataclass(frozen=True)
 class Candidates:
     """Of some requests, flat: how many each has (R,), and per candidate its item and source."""
 
@@ -226,56 +146,15 @@ class Candidates:
     source: np.ndarray
 
 
-def _candidates(bursts: Bursts, burst_items: BurstItems, pool: Pool, rules: MadeRules) -> Candidates:
+def _candidates(bursts: Bursts, burst_items: BurstItems, sources: Sources, rules: MadeRules) -> Candidates:
     """The positive and its negatives, in random order."""
-    source = np.repeat(
-        np.array([SOURCES.index(name) for name in ("positive", "popularity", "category")], np.int8),
-        [1, rules.num_popularity, rules.num_category],
-    )
-    item = np.column_stack([bursts.positive, _negatives(bursts, burst_items, pool, rules)])
-    keys, slots = np.broadcast_arrays(bursts.key[:, None], np.arange(item.shape[1]))
-    shuffled = _draw(keys, slots, MAX_REDRAWS + 1, rules.seed)
+    source = np.append(SOURCES.index("positive"), sources.of_slot).astype(np.int8)
+    item = np.column_stack([bursts.positive, draw_negatives(bursts, burst_items, sources, rules.seed)])
+    shuffled = shuffle_keys(bursts.key, item.shape[1], rules.seed)
     shuffled[item < 0] = 2.0  # behind all draws
     order = np.argsort(shuffled, axis=1)
     item, source = np.take_along_axis(item, order, 1), source[order]
     return Candidates((item >= 0).sum(1), item[item >= 0], source[item >= 0])
-
-
-def _negatives(bursts: Bursts, burst_items: BurstItems, pool: Pool, rules: MadeRules) -> np.ndarray:
-    """(R, W) item codes, -1 where none was found: no item of the burst, none twice."""
-    is_category = np.repeat([False, True], [rules.num_popularity, rules.num_category])
-    reach = pool.reach(bursts)[:, is_category.astype(int)]
-    drawn = np.full((len(bursts.user), len(is_category)), -1, np.int64)
-    for attempt in range(MAX_REDRAWS + 1):
-        row, slot = np.nonzero((drawn < 0) & (reach[:, :, 1] > 0))
-        if not len(row):
-            break
-        first, count = reach[row, slot].T
-        place = first + (_draw(bursts.key[row], slot, attempt, rules.seed) * count).astype(np.int64)
-        item = pool.items_at(place, is_category[slot])
-        is_first = np.diff(row, prepend=-1) > 0
-        fresh = np.full((np.count_nonzero(is_first), drawn.shape[1]), -1)
-        fresh[np.cumsum(is_first) - 1, slot] = np.where(burst_items.contain(row, item), -1, item)
-        drawn[row[is_first]] = _accept(drawn[row[is_first]], fresh)
-    return drawn
-
-
-def _draw(keys: np.ndarray, slot: np.ndarray, attempt: int, seed: int) -> np.ndarray:
-    """A number in [0, 1) for each (request, slot, attempt)."""
-    number = slot * (MAX_REDRAWS + 2) + attempt + 1
-    return uniform(hash_ids(mix(keys, seed) + number.astype(np.uint64)))
-
-
-def _accept(drawn: np.ndarray, fresh: np.ndarray) -> np.ndarray:
-    """Add fresh draws, (R, W), to those accepted before, leaving out what the request has already; -1 = none."""
-    both = np.where(drawn >= 0, drawn, fresh)
-    order = np.argsort(both * 2 + (drawn < 0), axis=1, kind="stable")  # of equal items, the accepted one first
-    ordered = np.take_along_axis(both, order, 1)
-    repeats = np.zeros_like(ordered, bool)
-    repeats[:, 1:] = ordered[:, 1:] == ordered[:, :-1]
-    is_repeat = np.empty_like(repeats)
-    np.put_along_axis(is_repeat, order, repeats, 1)
-    return np.where(is_repeat, -1, both)
 
 
 def _assemble(bursts: Bursts, parts: list[Candidates], skipped: Skipped) -> RequestTable:

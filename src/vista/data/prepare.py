@@ -30,6 +30,7 @@ from vista.data.events import Clock, EventColumns, EventLog, TimeRules, format_u
 from vista.data.given import ImpressionTable
 from vista.data.impressions import TASK, MadeRules, Skipped, make_requests
 from vista.data.items import ItemFeatures, ItemTable, build_catalogue, category_name
+from vista.data.negatives import NumNegatives
 from vista.data.output import new_folder
 from vista.data.sort import HistoryRules, Places, SortedLog, Vocabulary, sort_log
 from vista.data.split import RequestTable, SplitRules, SplitTimes, save_splits
@@ -55,7 +56,7 @@ class PrepareOptions:
     min_user_events               users with fewer are left out
     max_burst                     larger bursts are left out (None: none is)
     keep_duplicates               keep events that repeat an earlier one (same event id, or same item, time and action)
-    popularity_negatives, category_negatives, max_requests    of requests made from events
+    popularity_negatives, category_negatives, history_negatives, max_requests    of requests made from events
     validation_fraction, test_fraction    shares of the requests, by time ...
     validation_from, test_from    ... or the first moments of these splits
     unknown_buckets               item indices for ids the catalogue does not hold
@@ -85,6 +86,7 @@ class PrepareOptions:
     keep_duplicates: bool = False
     popularity_negatives: int = 4
     category_negatives: int = 4
+    history_negatives: int = 0
     max_requests: int = 2_000_000
     validation_fraction: float = 0.1
     test_fraction: float = 0.1
@@ -97,7 +99,8 @@ class PrepareOptions:
 
     def __post_init__(self) -> None:
         least = {"max_history": 1, "min_user_events": 1, "max_burst": 1, "max_requests": 1, "unknown_buckets": 1,
-                 "events_per_partition": 1, "popularity_negatives": 0, "category_negatives": 0}  # fmt: skip
+                 "events_per_partition": 1, "popularity_negatives": 0, "category_negatives": 0,
+                 "history_negatives": 0}  # fmt: skip
         for name, smallest in least.items():
             value = getattr(self, name)
             if value is not None and value < smallest:
@@ -106,7 +109,8 @@ class PrepareOptions:
             raise ConfigError("--task and --context name columns of the impressions table; give --impressions as well")
         if self.items is None and (self.item_features or self.category_feature):
             raise ConfigError("--item-feature and --category-feature name columns of the items table; give --items")
-        if self.impressions is None and self.popularity_negatives + self.category_negatives == 0:
+        wanted = self.popularity_negatives + self.category_negatives + self.history_negatives
+        if self.impressions is None and not wanted:
             raise ConfigError("no negatives: a request needs a candidate beside its positive")
 
     @property
@@ -297,10 +301,11 @@ def _requests(inputs: _Inputs, category: np.ndarray | None) -> tuple[RequestTabl
         if not requests.num_requests:
             raise DataError(f"{options.impressions}: no impression is left; relax --min-user-events")
         return requests, Skipped()
-    rules = MadeRules(
-        options.popularity_negatives, options.category_negatives if category is not None else 0, options.max_requests,
-        options.seed,
+    wanted = NumNegatives(
+        options.popularity_negatives, options.category_negatives if category is not None else 0,
+        options.history_negatives,
     )  # fmt: skip
+    rules = MadeRules(wanted, options.max_requests, options.seed)
     user_hash = hash_ids(_numpy_ids(inputs.vocabulary.users))
     requests, skipped = make_requests(inputs.sorted_log, user_hash, category, inputs.num_items, rules)
     if not requests.num_requests:
@@ -395,12 +400,12 @@ def _described(inputs: _Inputs, category: str | None) -> dict[str, Any]:
     }
 
 
-def verify(folder: Path) -> Manifest:
-    """Compare every file of a prepared data folder with its checksum.
+def verify(folder: Path, manifest: Manifest | None = None) -> Manifest:
+    """Compare every file of a prepared data folder with its checksum. manifest: the folder's own, where it is known.
 
     Raises StaleOutput naming the first file that is missing or changed.
     """
-    manifest = Manifest.load(folder)
+    manifest = manifest or Manifest.load(folder)
     missing = [name for name in manifest.checksums if not (folder / name).is_file()]
     if missing:
         raise StaleOutput(f"{folder / missing[0]} is missing; prepare the data again")

@@ -45,20 +45,20 @@ SLICE_AXES = {
 def plot_slices(runs: Sequence[Runs], by: str) -> Figure:
     """NE and AUC on every part, a row of panels per task; error bars are standard errors over runs."""
     tasks = all_tasks(runs)
-    figure, axes = _panels(len(tasks), len(SLICE_METRICS))
+    figure, axes = panels(len(tasks), len(SLICE_METRICS))
     for row, task in enumerate(tasks):
         buckets = buckets_of(runs, task, by)
         for column, (key, title) in enumerate(SLICE_METRICS):
             ax = axes[row][column]
             for i, r in enumerate(runs):
                 estimates = [r.estimate(key, task, (by, bucket)) for bucket in buckets]
-                _draw_buckets(ax, estimates, _style(r.model, i), by in ORDERED_SLICES, _dodge(runs, i))
+                _draw_buckets(ax, estimates, style(r.model, i), by in ORDERED_SLICES, _dodge(runs, i))
             _label_buckets(ax, runs, task, by, buckets)
             ax.set_title(f"{task}: {title}", loc="left")
             if key == "ne" and ax.get_ylim()[0] < 1 < ax.get_ylim()[1]:
                 ax.axhline(1, color="#bbbbbb", linewidth=0.8, zorder=0)  # what the base rate alone gives
             ax.set_xlabel(SLICE_AXES[by])
-    return _finish(figure, axes)
+    return finish(figure, axes)
 
 
 def plot_calibration(runs: Sequence[Runs]) -> Figure:
@@ -67,7 +67,7 @@ def plot_calibration(runs: Sequence[Runs]) -> Figure:
     A bin without a positive has no place on a logarithmic axis: it lies on the lower edge, as all that is below it.
     """
     tasks = all_tasks(runs)
-    figure, axes = _panels(1, len(tasks), SQUARE_INCHES)
+    figure, axes = panels(1, len(tasks), SQUARE_INCHES)
     for ax, task in zip(axes[0], tasks, strict=True):
         curves = [_pooled_bins(r, task) for r in runs]
         values = np.concatenate([np.zeros(0), *(curve.ravel() for curve in curves)])
@@ -75,12 +75,12 @@ def plot_calibration(runs: Sequence[Runs]) -> Figure:
         ends = (lowest, min(values.max(initial=lowest) * 1.25, 1.0))
         ax.plot(ends, ends, color="#bbbbbb", linewidth=0.8, zorder=0)
         for i, (r, curve) in enumerate(zip(runs, curves, strict=True)):
-            ax.plot(*np.maximum(curve, lowest), markersize=4, clip_on=False, **_style(r.model, i))
+            ax.plot(*np.maximum(curve, lowest), markersize=4, clip_on=False, **style(r.model, i))
         ax.set(xscale="log", yscale="log", xlim=ends, ylim=ends, box_aspect=1)
         _label_decades(ax, ends[1] / ends[0])
         ax.set(xlabel="mean probability", ylabel="share of positives")
         ax.set_title(f"{task}: calibration", loc="left")
-    return _finish(figure, axes)
+    return finish(figure, axes)
 
 
 def _label_decades(ax: Axes, ratio: float) -> None:
@@ -111,19 +111,19 @@ def plot_learning_curve(runs: Sequence[Runs]) -> Figure | None:
     present = [(key, title) for key, title in names if any(key in record for r in _curves(runs) for record in r)]
     if not present:
         return None
-    figure, axes = _panels(1, len(present))
+    figure, axes = panels(1, len(present))
     for ax, (key, title) in zip(axes[0], present, strict=True):
         for i, r in enumerate(runs):
             for number, evaluation in enumerate(r.evaluations):
                 points = [(p["step"], p[key]) for p in evaluation.learning_curve if key in p]
                 if points:
-                    style = _style(r.model, i) | {"marker": "" if len(points) > 1 else "o"}
-                    style |= {"label": "_again"} if number else {}  # one entry in the legend for all runs
-                    ax.plot(*zip(*points, strict=True), linewidth=1.2, alpha=0.8, **style)
+                    look = style(r.model, i) | {"marker": "" if len(points) > 1 else "o"}
+                    look |= {"label": "_again"} if number else {}  # one entry in the legend for all runs
+                    ax.plot(*zip(*points, strict=True), linewidth=1.2, alpha=0.8, **look)
         ax.set_xlabel("step")
         ax.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
         ax.set_title(title, loc="left")
-    return _finish(figure, axes)
+    return finish(figure, axes)
 
 
 def save_png(figure: Figure, path: Path) -> None:
@@ -136,13 +136,13 @@ def _curves(runs: Sequence[Runs]) -> list[tuple[dict[str, float], ...]]:
     return [e.learning_curve for r in runs for e in r.evaluations]
 
 
-def _panels(rows: int, columns: int, inches: tuple[float, float] = PANEL_INCHES) -> tuple[Figure, list[list[Axes]]]:
+def panels(rows: int, columns: int, inches: tuple[float, float] = PANEL_INCHES) -> tuple[Figure, list[list[Axes]]]:
     figure = Figure(figsize=(inches[0] * columns, inches[1] * rows + 0.4), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
     return figure, [list(row) for row in axes]
 
 
-def _style(model: str, i: int) -> dict[str, Any]:
+def style(model: str, i: int) -> dict[str, Any]:
     if model == BEST_POSSIBLE:
         return dict(BEST_STYLE)
     return {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "linestyle": "-", "label": model}
@@ -171,19 +171,19 @@ def _label_buckets(ax: Axes, runs: Sequence[Runs], task: str, by: str, buckets: 
     for bucket in buckets:
         sizes = [r.estimate("num_impressions", task, (by, bucket)).mean for r in runs]
         size = next((s for s in sizes if not math.isnan(s)), 0.0)
-        labels.append(f"{bucket.replace('-', chr(0x2013), 1)}\n{_short(size)}")
+        labels.append(f"{bucket.replace('-', chr(0x2013), 1)}\n{short(size)}")
     ax.set_xticks(range(len(buckets)), labels, fontsize=7.5)
     ax.set_xlim(-0.5, max(len(buckets) - 0.5, 0.5))
 
 
-def _short(count: float) -> str:
+def short(count: float) -> str:
     for size, unit in ((1e6, "M"), (1e3, "k")):
         if count >= size:
             return f"n={count / size:.3g}{unit}"
     return f"n={count:.0f}"
 
 
-def _finish(figure: Figure, axes: list[list[Axes]]) -> Figure:
+def finish(figure: Figure, axes: list[list[Axes]]) -> Figure:
     """One legend above all panels, light grids, no box."""
     for ax in (ax for row in axes for ax in row):
         ax.grid(axis="both", color="#e6e6e6", linewidth=0.7)

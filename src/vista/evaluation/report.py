@@ -163,18 +163,22 @@ def _markdown(runs: Sequence[Runs], title: str, folder: Path) -> str:
 
 
 def _html(runs: Sequence[Runs], title: str, folder: Path) -> str:
-    body = [f"<h1>{html.escape(title)}</h1>", _wide(overview_table(runs)), f'<p class="note">{html.escape(NOTE)}</p>']
+    body = [f"<h1>{html.escape(title)}</h1>", wide(overview_table(runs)), f'<p class="note">{html.escape(NOTE)}</p>']
     differences = difference_table(runs)
     if differences is not None:
-        body += [f"<h2>{html.escape(differences.title)}</h2>", _wide(differences)]
+        body += [f"<h2>{html.escape(differences.title)}</h2>", wide(differences)]
     for by in _slices_present(runs):
-        body += [f"<h2>By {by}</h2>", f"<p>{ABOUT_SLICES[by]}</p>", _image(folder / _plot_name(by), f"By {by}")]
-        tables = (f"<div><h3>{html.escape(t.title)}</h3>{_wide(t)}</div>" for t in _slice_tables(runs, by))
+        body += [f"<h2>By {by}</h2>", f"<p>{ABOUT_SLICES[by]}</p>", image(folder / _plot_name(by), f"By {by}")]
+        tables = (f"<div><h3>{html.escape(t.title)}</h3>{wide(t)}</div>" for t in _slice_tables(runs, by))
         body.append(f'<details><summary>numbers</summary><div class="tables">{"".join(tables)}</div></details>')
     for name in ("calibration", "learning_curve"):
         if (folder / f"{name}.png").exists():
-            body += [f"<h2>{_heading(name)}</h2>", _image(folder / f"{name}.png", _heading(name))]
-    body += ["<h2>Protocol</h2>", _wide(_protocol_table(runs))]
+            body += [f"<h2>{_heading(name)}</h2>", image(folder / f"{name}.png", _heading(name))]
+    return page(title, [*body, "<h2>Protocol</h2>", wide(_protocol_table(runs))])
+
+
+def page(title: str, body: Sequence[str]) -> str:
+    """A whole HTML page that needs nothing from elsewhere."""
     head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style>'
     return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n' + "\n".join(body) + "\n</body></html>\n"
 
@@ -183,10 +187,10 @@ def _heading(name: str) -> str:
     return name.replace("_", " ").capitalize()
 
 
-def _wide(table: Table) -> str:
+def wide(table: Table) -> str:
     return f'<div class="wide">{table.to_html()}</div>'
 
 
-def _image(path: Path, text: str) -> str:
+def image(path: Path, text: str) -> str:
     encoded = base64.b64encode(path.read_bytes()).decode()
     return f'<img alt="{html.escape(text)}" src="data:image/png;base64,{encoded}">'

@@ -256,20 +256,20 @@ class _Step:
         late = self.is_in & (self.events.timestamp_us < closed_us)
         asks = np.zeros(len(late), bool)
         if self.source is not None:
-            # The time of the border may fill all that is held: then a repeat of it may have been let go. And a user
-            # without a state may still have a history.
-            asks = self.is_in & (self.events.timestamp_us == closed_us) & self._is_one_time()[self.events.user]
+            # A repeat of an event may have been let go while others of its time are held. And a user without a state
+            # may still have a history.
+            asks = self.is_in & (self.events.timestamp_us <= self._let_go_us()[self.events.user])
             asks |= self.is_in & (self.tracked.num_events == 0)[self.events.user]
         for user in np.unique(self.events.user[late | asks]).tolist():
             mine = self.events.user == user
             self._place(user, np.flatnonzero((late | asks) & mine), bool((asks & mine).any()))
 
-    def _is_one_time(self) -> np.ndarray:
-        """Users whose held closed events all have the border's time while older events exist, (B,) bool."""
-        is_closed = self.held_place < self.num_closed[self.held.user]
-        differs = is_closed & (self.held.timestamp_us != self.closed_us[self.held.user])
-        has_older = self.tracked.num_events > self.tracked.num_held
-        return has_older & (np.bincount(self.held.user, differs, len(self.user_ids)) == 0)
+    def _let_go_us(self) -> np.ndarray:
+        """The latest time of which an event may exist that is no longer held, (B,) int64; -1 where all are held."""
+        num_held, size = self.tracked.num_held, self.tracked.event_id.shape[1]
+        oldest = np.minimum(size - num_held, size - 1)
+        oldest_us = np.take_along_axis(self.tracked.state.recent.timestamp_us.numpy(), oldest[:, None], 1)[:, 0]
+        return np.where(self.tracked.num_events > num_held, oldest_us, -1)
 
     def _place(self, user: int, late: np.ndarray, asks_source: bool = False) -> None:
         """late: rows of one user's late events; asks_source: what is held does not tell all there is to know."""

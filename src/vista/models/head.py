@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import batch_norm
 
 from vista.config import ModelConfig
 from vista.models.batch import Requests
@@ -52,8 +53,14 @@ class CountsEncoder(nn.Module):
         assert counts is not None
         is_valid = requests.candidate > 0  # padding must not enter the running statistics
         x = torch.zeros_like(counts)
-        x[is_valid] = self.standardise(counts[is_valid])
+        x[is_valid] = self._standardised(counts[is_valid])
         return x
+
+    def _standardised(self, counts: Tensor) -> Tensor:
+        if self.training and len(counts) < 2:  # no variance of their own
+            running = self.standardise
+            return batch_norm(counts, running.running_mean, running.running_var, eps=running.eps)
+        return self.standardise(counts)
 
 
 def _history_features(requests: Requests) -> Tensor:

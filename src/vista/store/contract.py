@@ -69,6 +69,9 @@ class SummaryStore(Protocol):
     def drop_version(self, version: str) -> int:
         """Remove a version that is neither published nor the one to roll back to; how many records it had."""
 
+    def compact(self) -> int:
+        """Leave no byte of deleted or replaced records in what the store keeps; how many bytes that freed."""
+
     def close(self) -> None: ...
 
     def __enter__(self) -> Self: ...

@@ -3,6 +3,12 @@
 Layout: database ``records`` with keys  version (16 bytes) | kind (1 byte) | user key,  database ``facts`` with one
 JSON value per version and the publishing pointer. Every commit is one transaction and is on disk when it returns.
 
+Compaction writes all records into a new environment, the next *generation* (`vista.store.generations`), while it holds
+the lock of writers; its last step is a commit to the old one of the fact that the store has moved. Every transaction
+looks for that fact first, so whoever has the old generation open, in any process, goes over before it reads or writes
+again: no write is lost, and no reader is left behind. Killed before that commit, the old generation is whole and in
+use; after it, the new one.
+
 Threads may share a store. Growing the map pulls it from under the transactions of the process, and py-lmdb's abort
 waits until no other thread is inside LMDB, perhaps for ever. So threads write one at a time, both keep readers out
 while they last, and no transaction is open while a caller holds a part of a scan.
@@ -24,41 +30,95 @@ from typing import Self, TypeVar, cast
 import lmdb
 
 from vista.errors import StoreError
+from vista.files import sync
 from vista.store.contract import VersionInfo, Write, check_publishable
+from vista.store.generations import FIRST, Generations
 from vista.store.record import KINDS, LONGEST_KEY, VERSION_BYTES
 
 FIRST_MAP_BYTES = 1 << 28  # address space, not disk; doubled when full
 MAX_READERS = 512
 SCAN_RECORDS = 256  # read in one transaction: an open one keeps the writer from using freed space again
-VERSION_PREFIX, POINTER = b"version:", b"published"
+COPY_BYTES = 1 << 26  # of records that compaction copies in one transaction, held in memory
+VERSION_PREFIX, POINTER, MOVED = b"version:", b"published", b"moved to generation"
 Result = TypeVar("Result")
+
+
+class _Moved(Exception):
+    """The generation that is open has been left."""
 
 
 class LmdbStore:
     """Implements ``SummaryStore``. Open it after fork, once per process."""
 
     def __init__(self, path: str, read_only: bool = False) -> None:
-        self.path = Path(path)
+        self.path, self._is_read_only = Path(path), read_only
+        self._generations = Generations(self.path)
         self._writing, self._readers = threading.Lock(), _Readers()
-        if read_only and not (self.path / "data.mdb").exists():
+        if (self.path / "data.mdb").exists():
+            raise StoreError(
+                f"{path}: a database without generations, of an early vista or of another program; move it away, then "
+                f"run: vista summarize RUN --data DATA --store {path}"
+            )
+        if read_only and self._generations.current() is None:
             raise StoreError(f"{path}: there is no store; run: vista summarize RUN --data DATA --store {path}")
+        self._open()
+
+    def _open(self) -> None:
+        """Open the newest generation. Nobody's transaction may be open."""
+        number = self._generations.current()
         try:
-            if not read_only:
-                self.path.mkdir(parents=True, exist_ok=True)
-            grown = (self.path / "data.mdb").stat().st_size * 2 if (self.path / "data.mdb").exists() else 0
-            self._env = lmdb.open(
-                str(self.path), map_size=max(FIRST_MAP_BYTES, grown), max_dbs=2, max_readers=MAX_READERS,
-                readonly=read_only, create=not read_only, readahead=False,
-            )  # fmt: skip
+            if number is None:
+                self._generations.folder(FIRST).mkdir(parents=True, exist_ok=True)
+            self._open_generation(number or FIRST)
+            try:
+                if number is None:
+                    self._generations.claim_first()
+                while (newer := self._newer()) is not None:
+                    self._env.close()
+                    self._open_generation(newer)
+                if not self._is_read_only and not self._generations.is_tidy(self._number):
+                    self._tidy()
+            except BaseException:
+                self._env.close()  # or this process could not open it again
+                raise
         except (lmdb.Error, OSError) as error:
-            raise self._cannot_open(error) from error
+            if self._generations.current() in (None, number):
+                raise self._cannot_open(error) from error
+            self._open()  # what we were about to open was left and removed
+
+    def _open_generation(self, number: int) -> None:
+        folder, self._number = self._generations.folder(number), number
+        data = folder / "data.mdb"
+        grown = data.stat().st_size * 2 if data.exists() else 0
+        self._env = lmdb.open(
+            str(folder), map_size=max(FIRST_MAP_BYTES, grown), max_dbs=2, max_readers=MAX_READERS,
+            readonly=self._is_read_only, create=False, readahead=False,
+        )  # fmt: skip
         try:
             self._env.reader_check()  # frees the slots of readers that were killed
-            self._records = self._env.open_db(b"records", create=not read_only)
-            self._facts = self._env.open_db(b"facts", create=not read_only)
-        except lmdb.Error as error:
-            self._env.close()  # or this process could not open it again
-            raise self._cannot_open(error) from error
+            self._records = self._env.open_db(b"records", create=not self._is_read_only)
+            self._facts = self._env.open_db(b"facts", create=not self._is_read_only)
+        except lmdb.Error:
+            self._env.close()
+            raise
+
+    def _newer(self) -> int | None:
+        """The generation to go over to, None where this one is in use."""
+        with self._env.begin() as transaction:
+            moved = transaction.get(MOVED, db=self._facts)
+        current = self._generations.current()
+        if moved is not None:
+            return int(bytes(moved))
+        return None if current is None or current <= self._number else current
+
+    def _tidy(self) -> None:
+        """Finish what a killed compaction left, unless the store moves meanwhile."""
+        transaction = self._env.begin(write=True)
+        try:
+            if transaction.get(MOVED, db=self._facts) is None:
+                self._generations.tidy(self._number)
+        finally:
+            transaction.abort()
 
     def _cannot_open(self, error: Exception) -> StoreError:
         return StoreError(f"{self.path}: cannot be opened ({error}); check the path, its owner and free space")
@@ -183,6 +243,57 @@ class LmdbStore:
 
         return self._write(drop)
 
+    # -- compaction
+
+    def compact(self) -> int:
+        with self._writing:
+            before, number = self._num_bytes(), self._number
+        try:
+            self._write(self._copy)
+        except OSError as error:
+            raise StoreError(
+                f"{self.path}: cannot be compacted ({error}); it is as it was. It needs as much space again while that "
+                "lasts: free some, then run again"
+            ) from error
+        with self._writing:
+            self._follow()
+            return max(before - self._num_bytes(), 0) if self._number > number else 0
+
+    def _num_bytes(self) -> int:
+        return (self._generations.folder(self._number) / "data.mdb").stat().st_size
+
+    def _copy(self, transaction: lmdb.Transaction) -> None:
+        """Copy all records and facts, one by one, to the next generation, and say in this one that the store moves.
+
+        One by one, since pages keep bytes of what was deleted from them or written over.
+        """
+        self._generations.remove_others(self._number)
+        folder = self._generations.folder(self._number + 1)
+        folder.mkdir()
+        try:
+            size = 2 * self._env.info()["map_size"]
+            with lmdb.open(str(folder), map_size=size, max_dbs=2, sync=False, create=False) as target:
+                for name, source in ((b"records", self._records), (b"facts", self._facts)):
+                    database = target.open_db(name)
+                    with transaction.cursor(db=source) as cursor:
+                        for part in _parts(cursor):
+                            with target.begin(write=True) as copy, copy.cursor(db=database) as end:
+                                end.putmulti(part, append=True)
+                target.sync(True)
+            sync(folder)
+            sync(self.path)
+        except BaseException:
+            self._generations.remove_others(self._number)
+            raise
+        transaction.put(MOVED, b"%d" % (self._number + 1), db=self._facts)
+
+    def _follow(self) -> None:
+        """Go over to the generation the store has moved to. For who holds the lock of writers of this process."""
+        with self._readers.kept_out():
+            if self._newer() is not None:  # else another thread was first
+                self._env.close()
+                self._open()
+
     # -- below
 
     def _write(self, action: Callable[[lmdb.Transaction], Result]) -> Result:
@@ -196,6 +307,8 @@ class LmdbStore:
                         self._set_map(self._env.info()["map_size"] * 2)
                     except lmdb.MapResizedError:
                         self._set_map(0)  # take over the size another process has set
+                    except _Moved:
+                        self._follow()
         except lmdb.Error as error:
             raise StoreError(
                 f"{self.path}: cannot be written ({error}); nothing of this write was kept. "
@@ -205,6 +318,7 @@ class LmdbStore:
     def _attempt(self, action: Callable[[lmdb.Transaction], Result]) -> Result:
         transaction = self._env.begin(write=True)
         try:
+            self._check_not_moved(transaction)
             result = action(transaction)
             transaction.commit()
         except BaseException:
@@ -219,14 +333,22 @@ class LmdbStore:
             while True:
                 try:
                     with self._readers.one(), self._env.begin() as transaction:
+                        self._check_not_moved(transaction)
                         return action(transaction)
                 except lmdb.MapResizedError:
                     with self._writing:
                         self._set_map(0)
+                except _Moved:
+                    with self._writing:
+                        self._follow()
         except lmdb.Error as error:
             raise StoreError(
                 f"{self.path}: cannot be read ({error}); if the file is damaged, move it away and run vista summarize"
             ) from error
+
+    def _check_not_moved(self, transaction: lmdb.Transaction) -> None:
+        if transaction.get(MOVED, db=self._facts) is not None:
+            raise _Moved
 
     def _set_map(self, num_bytes: int) -> None:
         with self._readers.kept_out():
@@ -298,6 +420,18 @@ class _Readers:
             finally:
                 self._is_open = True
                 self._changed.notify_all()
+
+
+def _parts(cursor: lmdb.Cursor) -> Iterator[list[tuple[bytes, bytes]]]:
+    """All entries of a database in order, about COPY_BYTES at a time."""
+    part, num_bytes = [], 0
+    for key, value in cursor:
+        part.append((bytes(key), bytes(value)))
+        num_bytes += len(key) + len(value)
+        if num_bytes >= COPY_BYTES:
+            yield part
+            part, num_bytes = [], 0
+    yield part
 
 
 def check_version(version: str) -> None:

@@ -118,6 +118,11 @@ def decode(blob: bytes, version: str | None = None) -> Record:
     return Record(**{**vars(record), "arrays": _dequantize(record.arrays, codec)})
 
 
+def codec_of(blob: bytes) -> str:
+    """The codec a record was encoded with. Raises as ``decode``."""
+    return _parse(blob, None)[0]
+
+
 def decode_tokens(blobs: Sequence[bytes], version: str | None = None) -> np.ndarray:
     """The tokens of B records of one shape and codec, (B, K, D) float32, all at once. Raises as ``decode``."""
     parsed = [_parse(blob, version) for blob in blobs]

@@ -46,8 +46,9 @@ from vista.progress import Progress
 
 @dataclass
 class Position:
-    """Where training stands; saved with every checkpoint."""
+    """Where training stands; saved with every checkpoint. data: fingerprint of the data in which that place is."""
 
+    data: str = ""
     step: int = 0
     epoch: int = 0
     elapsed_s: float = 0.0
@@ -90,6 +91,12 @@ def train(data: PreparedData, out: Path, config: Config, resume: bool = False, q
     trainer = Trainer(build_model(config.model, schema, data.catalogue), feeds, config, out)
     if resume:
         trainer.restore()
+        if trainer.position.data != data.manifest.fingerprint:
+            raise CheckpointError(
+                f"{out}: {data.folder} was changed since it was started (vista forget, or prepared again), and its "
+                "place in the data means nothing now: train anew"
+            )
+    trainer.position.data = data.manifest.fingerprint
     trainer.run(quiet)
     return out
 
@@ -138,6 +145,9 @@ class Trainer:
     def run(self, quiet: bool = False) -> None:
         """Train to the end: last step or epoch, time budget, or no better validation for long enough."""
         settings, checkpoint_s = self.config.train, time.monotonic()
+        if self._is_over():  # a finished run was resumed: one more step would not be that of an uninterrupted one
+            self.writer.close()
+            return
         done = self.position.step
         progress = Progress("train", total=self.total_steps, unit="steps", quiet=quiet, done=done)
         with progress, stop_on_interrupt() as interrupted:
@@ -146,16 +156,14 @@ class Trainer:
                 self.train_step(step)
                 progress.advance(1)
                 self.position.elapsed_s = before + time.monotonic() - started
-                is_last = self._is_over()
-                if is_last or self.position.step % settings.validate_every_steps == 0:
-                    facts = self._validate()
-                    progress.update(**facts)
-                if is_last or interrupted() or time.monotonic() - checkpoint_s > settings.checkpoint_every_s:
+                if self._is_over() or self.position.step % settings.validate_every_steps == 0:
+                    progress.update(**self._validate())
+                if self._is_over() or interrupted() or time.monotonic() - checkpoint_s > settings.checkpoint_every_s:
                     self.save(step)
                     checkpoint_s = time.monotonic()
                 if interrupted():
                     raise KeyboardInterrupt(f"checkpoint of step {self.position.step} kept in {self.out}")
-                if is_last or self.position.validations_without_gain >= settings.patience:
+                if self._is_over():
                     break
         if self.position.best_step == 0:  # nothing was ever better than infinity: keep what there is
             self._keep_best()
@@ -168,13 +176,25 @@ class Trainer:
                 walk.resume(self.position.walk)
             for step in walk:
                 self.position.walk = step.position
-                yield step
+                if step.batch.is_valid.any():
+                    yield step
+                else:
+                    self._pass_over(step)
             self.position.epoch += 1
             self.position.walk = None
 
+    @torch.no_grad()
+    def _pass_over(self, step: Step) -> None:
+        """Fold a batch that holds events but no impression: memory grows, and there is nothing to learn from."""
+        memory = self.model.init_memory(len(step.users))
+        if memory:
+            _, memory = self.model.prepare(step.batch, self.carry.gather(step, memory))
+        self.carry.keep(step, memory)
+
     def _is_over(self) -> bool:
         budget = self.config.train.time_budget_s
-        return self.position.step >= self.total_steps or (budget > 0 and self.position.elapsed_s >= budget)
+        has_stalled = self.position.validations_without_gain >= self.config.train.patience
+        return has_stalled or self.position.step >= self.total_steps or 0 < budget <= self.position.elapsed_s
 
     def train_step(self, step: Step) -> None:
         """One optimizer step on one batch."""

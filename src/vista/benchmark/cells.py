@@ -1,0 +1,158 @@
+"""The cells of a benchmark: one model, one seed, one set, trained and evaluated; cached, resumable, within a budget.
+
+    OUT/SET/data/                   the prepared log
+    OUT/SET/ENTRY-SEED-KEY/run/     a run folder as `vista train` writes it
+    OUT/SET/ENTRY-SEED-KEY/cell.json    what came out
+
+The key is a hash of data, settings and package version. A cell that is there is not run again; one whose training was
+interrupted goes on from its checkpoint.
+Cells run seed by seed, so that whatever the budget, all models have had the same number of runs, give or take one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vista.benchmark.entries import Entry
+from vista.benchmark.sets import BenchmarkSet
+from vista.checkpoint import Run, load_run, write_text
+from vista.config import Config
+from vista.data.histories import PreparedData
+from vista.errors import DataError
+from vista.evaluation.evaluate import evaluate
+from vista.evaluation.results import Evaluation
+from vista.jobs.summarize import summarize_users
+from vista.models.vista import SequenceModel
+from vista.store.record import encode
+from vista.training.loop import train
+
+DISTRIBUTION = "vista-recsys"
+KEY_DIGITS = 12
+HISTORY_BYTES = 14  # of one event in prepared data: what a model without a summary must have at hand of each
+SIZED_USERS = 8  # the longest histories, of which records are made to see how large they are
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What came of one model, seed and set.
+
+    seconds: of training. steps: optimizer steps. num_weights: of the network. bytes_per_user: what must be at hand of
+    a user with a long history to rank for them: the tokens record, recent events included, or the raw events read.
+    """
+
+    entry: str
+    seed: int
+    evaluation: Evaluation
+    seconds: float
+    steps: int
+    num_weights: int
+    bytes_per_user: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be run: every entry with every seed on every set, in steps of the same size."""
+
+    sets: Sequence[BenchmarkSet]
+    entries: Sequence[Entry]
+    seeds: Sequence[int]
+    size: str = "tiny"
+    training: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def num_cells(self) -> int:
+        return len(self.sets) * len(self.entries) * len(self.seeds)
+
+    def order(self) -> Iterator[tuple[BenchmarkSet, Entry, int]]:
+        for seed in self.seeds:
+            for one in self.sets:
+                for entry in self.entries:
+                    yield one, entry, seed
+
+
+def run_plan(
+    plan: Plan, out: Path, time_budget_s: float = 0.0, say: Callable[[str], None] = print
+) -> dict[str, list[Cell]]:
+    """Run what is not cached; the cells by name of the set. No cell is begun when the budget (0: none) is used up."""
+    for entry in plan.entries:
+        entry.config(plan.size, 0, plan.training)  # a wrong setting is told before hours of work, not after
+    started = time.monotonic()
+    cells: dict[str, list[Cell]] = {one.name: [] for one in plan.sets}
+    for number, (one, entry, seed) in enumerate(plan.order(), 1):
+        data = one.open(out / one.name)
+        config = entry.config(plan.size, seed, plan.training)
+        folder = out / one.name / f"{entry.name}-{seed}-{_key(data, config)}"
+        cell = _cached(folder)
+        if cell is None and 0 < time_budget_s <= time.monotonic() - started:
+            say(f"[{number}/{plan.num_cells}] {one.name}, {entry.name}, seed {seed}: left out, the budget is used up")
+            continue
+        if cell is None:
+            say(f"[{number}/{plan.num_cells}] {one.name}, {entry.name}, seed {seed}")
+            cell = _run_cell(data, config, entry, seed, folder)
+        cells[one.name].append(cell)
+        say(_line(number, plan.num_cells, one.name, cell))
+    return cells
+
+
+def _line(number: int, num_cells: int, name: str, cell: Cell) -> str:
+    scores = "; ".join(f"{task} NE {m['ne']:.4f} AUC {m['auc']:.4f}" for task, m in cell.evaluation.metrics.items())
+    return f"[{number}/{num_cells}] {name}, {cell.entry}, seed {cell.seed}: {scores}"
+
+
+def _key(data: PreparedData, config: Config) -> str:
+    """The hash of all that a cell's numbers depend on."""
+    content = {"data": data.manifest.checksums, "config": json.loads(config.to_json()), "vista": version(DISTRIBUTION)}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:KEY_DIGITS]
+
+
+def _cached(folder: Path) -> Cell | None:
+    path = folder / "cell.json"
+    if not path.exists():
+        return None
+    try:
+        values = json.loads(path.read_text())
+        return Cell(**{**values, "evaluation": Evaluation.from_json(values["evaluation"])})
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: not a cell of a benchmark ({error!r}); remove it, and it is run again") from error
+
+
+def _run_cell(data: PreparedData, config: Config, entry: Entry, seed: int, folder: Path) -> Cell:
+    """Train, or go on training, and evaluate."""
+    run_folder = folder / "run"
+    can_resume = (run_folder / "training.safetensors").exists()
+    if not can_resume:
+        shutil.rmtree(run_folder, ignore_errors=True)
+    train(data, run_folder, config, resume=can_resume)
+    run = load_run(run_folder)
+    evaluation = evaluate(run, data)
+    last = evaluation.learning_curve[-1] if evaluation.learning_curve else {"elapsed_s": 0.0, "step": 0}
+    num_weights = sum(p.numel() for p in run.model.parameters())
+    cell = Cell(
+        entry.name, seed, evaluation, float(last["elapsed_s"]), int(last["step"]), num_weights,
+        bytes_per_user(run, data),
+    )  # fmt: skip
+    values = asdict(cell) | {"evaluation": evaluation.to_json()}
+    write_text(folder / "cell.json", json.dumps(values, indent=1, allow_nan=False) + "\n")
+    (run_folder / "training.safetensors").unlink(missing_ok=True)  # as large as the model three times; no use any more
+    return cell
+
+
+def bytes_per_user(run: Run, data: PreparedData) -> int:
+    """The largest tokens record, int8, of some users with long histories; of counts the raw events they count in."""
+    lengths = data.histories.lengths()
+    longest = np.argsort(lengths)[::-1][:SIZED_USERS].copy()
+    if not isinstance(run.model, SequenceModel):
+        window = run.config.model.count_last_events or int(lengths.max())
+        return HISTORY_BYTES * min(window, int(lengths.max()))
+    records = summarize_users(run.model, data.histories, longest, data.user_ids[longest], run.version)
+    return max(len(encode(record, "int8")) for record in records if record.kind == "tokens")

@@ -1,0 +1,56 @@
+"""Which models a benchmark compares, and what they are called."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from vista.config import Config, resolve
+from vista.errors import ConfigError, nearest
+
+COUNTED_EVENTS = (64, 512, 4096)  # what counts cut to the last so many events show: where length stops paying
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One model of a benchmark: its name on the command line and in folders, and the settings that make it.
+
+    is_full: reads the whole history, or as much of it as its window holds; else it is a control that is cut short.
+    """
+
+    name: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    is_full: bool = True
+
+    def config(self, size: str, seed: int, training: dict[str, Any]) -> Config:
+        """Resolved settings of one run."""
+        return resolve(size, overrides={**training, **self.settings, "train.seed": seed})
+
+
+def _all() -> tuple[Entry, ...]:
+    cut = [
+        Entry(f"counts-{last}", {"model.model": "counts", "model.count_last_events": last}, is_full=False)
+        for last in COUNTED_EVENTS
+    ]
+    return (
+        Entry("recent", {"model.model": "recent"}, is_full=False),
+        *cut,
+        Entry("counts", {"model.model": "counts"}),
+        Entry("vista"),
+        Entry("vista-sum", {"model.memory": "sum"}),
+    )
+
+
+ENTRIES = {entry.name: entry for entry in _all()}
+DEFAULT_ENTRIES = tuple(ENTRIES)
+
+
+def choose(names: Iterable[str]) -> list[Entry]:
+    """Entries by name. Raises ConfigError for an unknown one."""
+    chosen = []
+    for name in names:
+        if name not in ENTRIES:
+            raise ConfigError(f"--models: there is no entry {name!r}{nearest(name, ENTRIES)}")
+        chosen.append(ENTRIES[name])
+    return chosen

@@ -1,0 +1,95 @@
+"""What the cells of one set say: does the whole history pay, and up to which length?
+
+A set counts as *lifelong* only if the best model that reads the whole history beats both controls that do not, the same
+ranker on recent events and counts cut to as many, by more than three standard errors of NE, paired by seed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from vista.benchmark.cells import Cell
+from vista.benchmark.entries import ENTRIES
+from vista.evaluation.metrics import Estimate, mean_and_standard_error, paired_difference
+
+NEEDED_ERRORS = 3.0
+RECENT, CUT_COUNTS, ALL_COUNTS = "recent", "counts-64", "counts"
+
+
+@dataclass(frozen=True)
+class Gain:
+    """By how much the best full-history entry's NE is below that of a control, paired by seed."""
+
+    control: str
+    gain: Estimate
+
+    @property
+    def is_sure(self) -> bool:
+        return self.gain.in_standard_errors > NEEDED_ERRORS
+
+    def __str__(self) -> str:
+        return f"{self.control} by {self.gain} NE ({self.gain.in_standard_errors:+.1f} standard errors)"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """best: the full-history entry of the lowest NE; gains: over each control that was run with the same seeds."""
+
+    name: str
+    best: str
+    gains: tuple[Gain, ...]
+
+    @property
+    def is_lifelong(self) -> bool:
+        return len(self.gains) == 2 and all(gain.is_sure for gain in self.gains)
+
+    def sentence(self) -> str:
+        """One sentence for whoever wants to know whether lifelong history pays on this log."""
+        if not self.gains:
+            return f"{self.name}: not enough runs to tell whether the whole history pays."
+        over = " and ".join(map(str, self.gains))
+        if any(math.isnan(gain.gain.standard_error) for gain in self.gains):
+            return f"{self.name}: with one seed, {self.best} beats {over}; run more seeds to know how sure that is."
+        says = "the whole history pays here" if self.is_lifelong else "that is not enough to call this set lifelong"
+        return f"{self.name}: with the whole history {self.best} beats {over}: {says}."
+
+
+def judge(name: str, cells: Sequence[Cell]) -> Verdict | None:
+    """The verdict on the first task; None without a full-history entry."""
+    full = {c.entry for c in cells if c.entry not in ENTRIES or ENTRIES[c.entry].is_full}
+    if not full:
+        return None
+    best = min(full, key=lambda entry: mean_and_standard_error(list(scores(cells, entry).values())).mean)
+    gains = []
+    for control in (RECENT, CUT_COUNTS):
+        mine, theirs = scores(cells, best), scores(cells, control)
+        common = sorted(mine.keys() & theirs.keys())
+        if common:
+            gain = paired_difference([theirs[seed] for seed in common], [mine[seed] for seed in common])
+            gains.append(Gain(control, gain))
+    return Verdict(name, best, tuple(gains))
+
+
+def scores(cells: Sequence[Cell], entry: str, metric: str = "ne") -> dict[int, float]:
+    """A metric of the first task by seed."""
+    return {c.seed: c.evaluation.metrics[c.evaluation.tasks[0]][metric] for c in cells if c.entry == entry}
+
+
+def rewarded_length(cells: Sequence[Cell]) -> int | None:
+    """The number of last events from which on counting in more of them no longer helps, by NEEDED_ERRORS.
+
+    0: even the longest cut is beaten by the whole history. None where counts or their cuts were not run.
+    """
+    whole = scores(cells, ALL_COUNTS)
+    cuts = {e.settings["model.count_last_events"]: e.name for e in ENTRIES.values() if e.name.startswith("counts-")}
+    found = {last: scores(cells, entry) for last, entry in sorted(cuts.items())}
+    if not whole or not any(found.values()):
+        return None
+    for last, cut in found.items():
+        common = sorted(whole.keys() & cut.keys())
+        gain = paired_difference([cut[seed] for seed in common], [whole[seed] for seed in common])
+        if common and not gain.in_standard_errors > NEEDED_ERRORS:
+            return last
+    return 0

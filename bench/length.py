@@ -8,7 +8,7 @@ length, and shares of the history, not counts, decide; recent events alone canno
 as a service does with the events of a new day.
 
 Prints NE and AUC of the test split at each length (mean and standard error over seeds), for each model, and draws
-them.
+them. With --out a call that was interrupted goes on where it was.
 """
 
 from __future__ import annotations
@@ -50,12 +50,14 @@ def make_data(folder: Path, events: int, arguments: argparse.Namespace, run: Run
 
 
 def measure(arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
-    """One row per model, seed and length."""
+    """One row per model, seed and length; rows that an earlier call with these settings has written are kept."""
     trained_on, _ = make_data(folder / "train", arguments.train_events, arguments, None)
-    rows = []
+    rows = earlier_rows(arguments)
     prepared: dict[int, tuple[PreparedData, float]] = {}
     for model in arguments.models:
         for seed in arguments.seeds:
+            if {r["events"] for r in rows if (r["model"], r["seed"]) == (model, seed)} >= set(arguments.lengths):
+                continue
             config = resolve("tiny", overrides=overrides(model, seed, arguments))
             run = load_run(train(trained_on, folder / f"{model}-{seed}", config))
             for length in arguments.lengths:
@@ -67,7 +69,29 @@ def measure(arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]
                              "ne": metrics["ne"], "auc": metrics["auc"]})  # fmt: skip
                 print(f"{model:>6} seed {seed} {length:>8,} events: NE {metrics['ne']:.4f} (best {best_ne:.4f}), "
                       f"AUC {metrics['auc']:.4f}", flush=True)  # fmt: skip
+            save(rows, arguments)
     return rows
+
+
+def described(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The settings that rows depend on."""
+    left_out = {"out", "models", "seeds", "lengths", "threads"}
+    return {name: value for name, value in vars(arguments).items() if name not in left_out}
+
+
+def earlier_rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    path = None if arguments.out is None else arguments.out / "length.json"
+    if path is None or not path.exists():
+        return []
+    found = json.loads(path.read_text())
+    return found["rows"] if found["settings"] == described(arguments) else []
+
+
+def save(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
+    if arguments.out is not None:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({"settings": described(arguments), "rows": rows}, indent=1) + "\n"
+        (arguments.out / "length.json").write_text(text)
 
 
 def overrides(model: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -141,10 +165,6 @@ def main() -> None:
         rows = measure(arguments, Path(folder))
     print("\n" + "\n".join(table(rows)))
     if arguments.out is not None:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        (arguments.out / "length.json").write_text(
-            json.dumps({"settings": {**vars(arguments), "out": None}, "rows": rows}, indent=2)
-        )
         draw(rows, arguments.train_events, arguments.out / "length.png")
 
 

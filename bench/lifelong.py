@@ -191,7 +191,8 @@ def plot(rows: list[dict[str, float]], path: Path) -> None:
     cost.set(xlabel="events in the history", ylabel="ms", title="Cost")
     cost.legend(fontsize=8)
     memory.semilogx(events, [row["peak_bytes"] / 2**20 for row in rows], "o-")
-    memory.set(xlabel="events in the history", ylabel="MiB", title="Peak resident memory of reading", ylim=(0, None))
+    memory.set(xlabel="events in the history", ylabel="MiB", title="Peak resident memory of reading")
+    memory.set_ylim(0, 1.15 * max(row["peak_bytes"] for row in rows) / 2**20)
     for axes in (cost, memory):
         axes.grid(alpha=0.3, which="both")
     figure.savefig(path, dpi=120)

@@ -67,6 +67,20 @@ def test_a_full_disk_is_an_error_not_a_bug() -> None:
     assert result.stderr.startswith("error: No space left on device: /data/item.npy;")
 
 
+def test_a_warning_for_users_is_one_line() -> None:
+    code = (
+        "import sys, warnings\n"
+        "from vista.cli import main\n"
+        "from vista.errors import VistaWarning\n"
+        "main.app = lambda prog_name: [warnings.warn(text, kind) for text, kind in\n"
+        "    [('set it', VistaWarning), ('old', UserWarning)]]\n"
+        "main.main()\n"
+    )
+    first, second = vista(code=code).stderr.splitlines()[:2]
+    assert first == "warning: set it"
+    assert second.endswith("UserWarning: old")
+
+
 def test_a_bug_keeps_its_traceback() -> None:
     result = CliRunner().invoke(raising(ZeroDivisionError("bug")), ["fail"])
     assert isinstance(result.exception, ZeroDivisionError)

@@ -62,11 +62,17 @@ def evaluate(
 
 
 def summarize(
-    run: Path | str, data: Path | str, store: str, codec: str = "int8", force: bool = False, quiet: bool = False
+    run: Path | str,
+    data: Path | str,
+    store: str,
+    codec: str = "int8",
+    force: bool = False,
+    quiet: bool = False,
+    publish: bool = True,
 ) -> SummarizeReport:
-    """Every user's summary into a store (a path or a URL), published."""
+    """Every user's summary into a store (a path or a URL), published unless told otherwise."""
     with open_store(str(store)) as opened:
-        return _summarize(load_run(run), PreparedData.open(data), opened, codec, force, quiet)
+        return _summarize(load_run(run), PreparedData.open(data), opened, codec, force, quiet, publish)
 
 
 def rank(run: Path | str, store: str, user: Any, candidates: list[Any], at_us: int | None = None) -> dict[str, Any]:

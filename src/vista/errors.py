@@ -58,6 +58,10 @@ class RecordError(StoreError):
     """One stored record is corrupt, too new for this reader, or belongs to another model version."""
 
 
+class VistaWarning(UserWarning):
+    """Something works, but less well than it could; the message says what to change."""
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """A hint such as ``; did you mean 'user_id'?``, or the list of what is known when nothing is near."""
     known = list(known)

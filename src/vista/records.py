@@ -17,7 +17,7 @@ from vista.models.borders import Border, KeptBorders
 from vista.models.inputs import Progress, Recent
 from vista.models.summarizer import UserState
 from vista.models.vista import SequenceModel
-from vista.store.record import Record, user_key
+from vista.store.record import Record, Stored, user_key
 
 RECENT_TYPES = {"item": np.int32, "action": np.int16, "timestamp_us": np.int64, "gap_us": np.int64}
 
@@ -60,12 +60,12 @@ def from_records(model: SequenceModel, records: list[Record | None]) -> UserStat
     return UserState(progress, recent, unflatten(memory, initial.memory))
 
 
-def fill_recent(recent: Recent, row: int, record: Record) -> None:
+def fill_recent(recent: Recent, row: int, record: Record | Stored) -> None:
     """Put a record's recent events into one row, newest last."""
     for name in RECENT_TYPES:
-        column = torch.from_numpy(record.arrays[f"recent_{name}"].astype(np.int64))
-        if len(column):
-            getattr(recent, name)[row, -len(column) :] = column
+        column = record.arrays[f"recent_{name}"]
+        place = getattr(recent, name).numpy()[row]  # in place, and without a tensor per user and column
+        place[len(place) - len(column) :] = column
 
 
 BORDER_NUMBERS = ("num_events", "first_us", "last_us", "num_ties")  # stored as border_num_events and so on

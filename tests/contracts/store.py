@@ -9,7 +9,9 @@ An engine's test module says how to make an empty store, and has all tests:
 
 from __future__ import annotations
 
+import itertools
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -17,8 +19,9 @@ from functools import partial
 import pytest
 
 from vista.errors import StoreError
-from vista.store.contract import SummaryStore, VersionInfo, Write, open_store
+from vista.store.contract import KindStatistics, SummaryStore, Write, collect, open_store
 from vista.store.record import KINDS, LONGEST_KEY
+from vista.store.versions import VersionInfo
 
 V1, V2, V3 = (f"version-{n}-of-abc" for n in "123")
 SHAPE = (8, 4)  # summary tokens and width
@@ -204,6 +207,10 @@ class StoreContract:
                     action()
             assert store.get_many("tokens", [b"a", b"b"], V1) == [tokens_of(V1, b"a"), None]
 
+    def test_what_is_not_there_cannot_be_opened_to_be_read(self, url):
+        with pytest.raises(StoreError, match="there is no store"):
+            open_store(url, read_only=True)
+
     def test_a_closed_store_says_so(self, url):
         store = open_store(url)
         fill(store, V1, b"a")
@@ -274,11 +281,13 @@ class StoreContract:
         store.publish(V1)
         with pytest.raises(StoreError, match="nothing to roll back to"):
             store.rollback()
+        assert store.previous() is None
         fill(store, V2, b"a")
         store.publish(V2)
         store.publish(V2)  # once more changes nothing: V1 is still what was before
+        assert (store.published(), store.previous()) == (V2, V1)
         assert store.rollback() == V1
-        assert store.published() == V1
+        assert (store.published(), store.previous()) == (V1, V2)
         assert store.rollback() == V2
         assert store.published() == V2
 
@@ -335,15 +344,18 @@ class StoreContract:
         """No write is lost, no reader is sent back in time, and a scan goes on where it was."""
         users = numbered(MANY)
         fill(store, V1, *users)
-        stop = threading.Event()
+        stop, has_written = threading.Event(), threading.Barrier(3)
 
         def compact() -> None:
+            has_written.wait()  # compaction can be over before another thread has begun
             for _ in range(10):
                 store.compact()
             stop.set()
 
         def write(thread: int) -> None:
             number = 0
+            store.commit(writes(b"thread %d" % thread, mark=b"first"), V1)
+            has_written.wait()
             while not stop.is_set():
                 store.commit(writes(b"thread %d" % thread, mark=b"%d" % number), V1)
                 assert store.get_many("tokens", [b"thread %d" % thread], V1)[0].endswith(b" %d" % number)
@@ -355,6 +367,39 @@ class StoreContract:
 
         run_threads([compact, partial(write, 1), partial(write, 2), scan])
         assert store.versions()[0].num_users == MANY + 2
+
+    def test_records_and_bytes_are_counted_by_version_and_kind(self, store):
+        assert store.statistics() == []
+        store.begin_version(V2, *SHAPE, expected_users=2)
+        assert store.statistics() == []
+        store.commit([("tokens", b"a", b"x" * 70_000), ("tokens", b"b", b""), ("border", b"a", b"123")], V2)
+        fill(store, V1, *numbered(MANY))
+        state_bytes = sum(len(blob) for _, blob in store.scan("state", V1))
+        tokens_bytes = sum(len(blob) for _, blob in store.scan("tokens", V1))
+        assert store.statistics() == [
+            KindStatistics(V2, "tokens", 2, 70_000),
+            KindStatistics(V2, "border", 1, 3),
+            KindStatistics(V1, "tokens", MANY, tokens_bytes),
+            KindStatistics(V1, "state", MANY, state_bytes),
+        ]
+        store.delete(b"a", V2)
+        assert store.statistics()[0] == KindStatistics(V2, "tokens", 1, 0)
+
+    def test_what_is_not_in_use_can_be_collected(self, store):
+        """The newest of those that are not, say one that waits to be published, can be kept."""
+        v0, v4 = "version-0-of-abc", "version-4-of-abc"
+        for version in (v0, V1, V2, V3, v4):
+            fill(store, version, b"a")
+        store.publish(V1)
+        store.publish(V3)
+        num_bytes = len(tokens_of(V2, b"a")) + len(b"state of a " + V2.encode())
+        assert collect(store, keep=3) == {}
+        assert collect(store, keep=2) == {v0: num_bytes}
+        assert collect(store, keep=1) == {V2: num_bytes}
+        assert [info.version for info in store.versions()] == [V1, V3, v4]
+        assert collect(store) == {v4: num_bytes}
+        assert (store.published(), store.previous()) == (V3, V1)
+        assert store.get_many("tokens", [b"a"], V1) == [tokens_of(V1, b"a")]
 
     # -- many at once
 
@@ -372,13 +417,52 @@ class StoreContract:
                     torn.append(found)
 
         def write() -> None:
-            for generation in range(60):
+            for generation in until(lambda: len(seen) > 3, least=60):
                 store.commit(writes(*users, mark=b"%d" % generation), V1)
             stop.set()
 
         run_threads([read] * 3 + [write])
         assert torn == []
         assert len(seen) > 3, "the readers never saw the writer at work"
+
+    def test_a_reader_never_mixes_versions_while_they_are_flipped(self, store):
+        """Threads ask which version is published and read it, while another thread publishes and rolls back."""
+        users = numbered(50)
+        for version in (V1, V2):
+            fill(store, version, *users)
+        store.publish(V1)
+        stop, seen, mixed = threading.Event(), set(), []
+
+        def read() -> None:
+            while not stop.is_set():
+                version = store.published()
+                found = store.get_many("tokens", users, version)
+                seen.add(version)
+                if found != [tokens_of(version, user) for user in users]:
+                    mixed.append((version, found))
+
+        def flip() -> None:
+            for n in until(lambda: seen == {V1, V2}, least=30):
+                store.publish((V2, V1)[n % 2])
+                store.rollback()
+            stop.set()
+
+        run_threads([read] * 3 + [flip])
+        assert mixed == []
+        assert seen == {V1, V2}, "the readers never saw a flip"
+
+    def test_no_version_is_lost_when_many_are_begun_at_once(self, store):
+        names = [f"version{thread}-{n:02}-abcd" for thread in range(3) for n in range(15)]
+
+        def begin(thread: int) -> None:
+            for version in names[15 * thread : 15 * (thread + 1)]:
+                store.begin_version(version, *SHAPE, expected_users=0)
+                store.complete_version(version)
+
+        run_threads([partial(begin, thread) for thread in range(3)])
+        infos = store.versions()
+        assert sorted(info.version for info in infos) == names
+        assert all(info.is_complete for info in infos)
 
     def test_threads_write_side_by_side(self, store):
         """While others fail in the middle of theirs and others read."""
@@ -406,6 +490,15 @@ class StoreContract:
             b"%d-%02d" % (t, n) for t in (1, 2) for n in range(20)
         ]
         assert store.versions()[0].num_users == 40
+
+
+def until(is_enough: Callable[[], bool], least: int) -> Iterator[int]:
+    """Count up to ``least``, and on until it is enough, but for half a minute only."""
+    end_s = time.monotonic() + 30
+    for number in itertools.count():
+        if number >= least and (is_enough() or time.monotonic() > end_s):
+            return
+        yield number
 
 
 def run_threads(tasks: list[Callable[[], None]]) -> None:

@@ -148,6 +148,14 @@ def test_an_interrupted_run_resumes_and_is_not_published_before(data, run, tmp_p
         assert store.published() == run.version
 
 
+def test_publishing_can_be_a_step_of_its_own(data, run, tmp_path):
+    with open_store(f"memory:{tmp_path}") as store:
+        summarize(run, data, store, quiet=True, publish=False)
+        assert store.published() is None
+        store.publish(run.version)
+        assert store.published() == run.version
+
+
 def test_states_survive_the_store_exactly(data, run):
     model = run.sequence_model
     lengths = [60, 3, 0]

@@ -109,6 +109,18 @@ def test_scores_are_those_of_tokens_within_the_codecs_bound(store, codec):
     assert expected.std(axis=0).min() > 0.001, "users differ, or the test would show nothing"
 
 
+def test_codecs_may_differ_between_users(store):
+    """As after a bulk run with another codec that was interrupted."""
+    both = records()
+    put(store, both[:4], "float32")
+    put(store, both[4:6], "int8")
+    found = Scorer(RUN, store).read(["nobody", *USERS[:3]]).tokens.numpy()
+    exact = [record.arrays["tokens"] for record in both[:6:2]]
+    assert np.array_equal(found[1:3], np.stack(exact[:2]))
+    assert (np.abs(found[3] - exact[2]) <= error_bound(exact[2], "int8")).all()
+    assert np.array_equal(found[:1], RUN.sequence_model.empty_summary(1).detach().numpy())
+
+
 def test_who_is_not_known_gets_one_answer_whatever_the_company(store):
     put(store, records())
     scorer = Scorer(RUN, store)

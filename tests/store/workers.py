@@ -20,11 +20,12 @@ import numpy as np
 from vista.errors import StoreError
 from vista.store import lmdb_store
 from vista.store.contract import SummaryStore, open_store
-from vista.store.record import Record, decode, encode, user_key
+from vista.store.record import Record, decode, encode, unpack, user_key
 
 VERSION = "written-by-steps"
 NUM_USERS = 60
 TINY_MAP = 1 << 16  # bytes
+STORE_ERROR = 3  # exit code of a writer whose store failed
 
 
 def users_of(step: int, num_users: int) -> list[int]:
@@ -58,9 +59,9 @@ def step_of(store: SummaryStore) -> dict[int, int]:
     return steps
 
 
-def write(path: str, first_step: int, num_users: int) -> None:
+def write(url: str, first_step: int, num_users: int) -> None:
     """Steps without end, each printed when its commit has returned."""
-    with open_store(path) as store:
+    with open_store(url) as store:
         store.begin_version(VERSION, 1, 16, NUM_USERS)
         for step in itertools.count(first_step):
             records = [record for user in users_of(step, num_users) for record in records_of(user, step)]
@@ -68,13 +69,13 @@ def write(path: str, first_step: int, num_users: int) -> None:
             os.write(1, b"%d\n" % step)
 
 
-def read(path: str, duration_s: float) -> None:
+def read(url: str, duration_s: float) -> None:
     """Read all users at once, again and again; print how many steps were seen. Fails on two at one moment."""
     keys, seen = [user_key(user) for user in range(NUM_USERS)], []
-    with open_store(path, read_only=True) as store:
+    with open_store(url, read_only=True) as store:
         end_s = time.monotonic() + duration_s
         while time.monotonic() < end_s:
-            steps = {decode(blob, VERSION).num_events for blob in store.get_many("tokens", keys, VERSION) if blob}
+            steps = {unpack(blob, VERSION).num_events for blob in store.get_many("tokens", keys, VERSION) if blob}
             assert len(steps) == 1, f"steps {steps} at one moment"
             assert not seen or min(steps) >= seen[-1], "went back in time"
             seen += steps - set(seen)
@@ -87,6 +88,20 @@ def compact(path: str) -> None:
         for number in itertools.count():
             store.compact()
             os.write(1, b"%d\n" % number)
+
+
+def follow(url: str, duration_s: float) -> None:
+    """Read all users of what is published, again and again; print how often that changed. Fails on a mix."""
+    keys, last, num_changes = [user_key(user) for user in range(NUM_USERS)], None, 0
+    with open_store(url, read_only=True) as store:
+        end_s = time.monotonic() + duration_s
+        while time.monotonic() < end_s:
+            version = store.published()
+            assert version is not None
+            found = store.get_many("tokens", keys, version)
+            assert found == [b"%s of %s" % (version.encode(), key) for key in keys], f"not all of {version}"
+            num_changes, last = num_changes + (version != last), version
+    print(num_changes, flush=True)
 
 
 def fill(path: str, max_file_bytes: int) -> None:
@@ -113,10 +128,15 @@ def start(task: str, *arguments: object) -> subprocess.Popen[str]:
 if __name__ == "__main__":
     lmdb_store.FIRST_MAP_BYTES = TINY_MAP
     match sys.argv[1:]:
-        case ["write", path, first_step, num_users]:
-            write(path, int(first_step), int(num_users))
-        case ["read", path, duration_s]:
-            read(path, float(duration_s))
+        case ["write", url, first_step, num_users]:
+            try:
+                write(url, int(first_step), int(num_users))
+            except StoreError:
+                raise SystemExit(STORE_ERROR) from None
+        case ["read", url, duration_s]:
+            read(url, float(duration_s))
+        case ["follow", url, duration_s]:
+            follow(url, float(duration_s))
         case ["compact", path]:
             compact(path)
         case ["fill", path, max_file_bytes]:

@@ -13,6 +13,7 @@ import errno
 import os
 import sys
 import traceback
+import warnings
 from importlib.metadata import version
 from typing import Annotated, Any
 
@@ -26,13 +27,15 @@ from vista.cli.doctor import doctor
 from vista.cli.evaluate import evaluate
 from vista.cli.forget import forget
 from vista.cli.prepare import prepare
+from vista.cli.store import app as store
 from vista.cli.summarize import rank, summarize
 from vista.cli.train import train
-from vista.errors import VistaError
+from vista.errors import VistaError, VistaWarning
 
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, what a shell reports for Ctrl-C
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
 ENVIRONMENT_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)  # the machine's, not ours
+PLAIN_FORMAT = warnings.formatwarning
 KEPT = "finished outputs are kept; an unfinished one is not used by any later step"
 
 
@@ -111,11 +114,22 @@ app.command()(evaluate)
 app.command()(summarize)
 app.command()(rank)
 app.command()(forget)
+app.add_typer(store)
 app.command()(doctor)
+
+
+def _format_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """Ours are for users and have no use for a place in the code; all others look as ever."""
+    if issubclass(category, VistaWarning):
+        return f"warning: {message}\n"
+    return PLAIN_FORMAT(message, category, filename, lineno, line)
 
 
 def main() -> None:
     """Entry point of the ``vista`` console script."""
+    warnings.formatwarning = _format_warning
     try:
         app(prog_name="vista")
     finally:

@@ -9,30 +9,38 @@ from typing import Annotated
 
 import typer
 
+from vista.cli.store import URL_HELP
+
 
 def summarize(
     run: Annotated[Path, typer.Argument(help="Run folder of a vista or recent model.")],
     data: Annotated[Path, typer.Option(help="Prepared data folder.")],
-    store: Annotated[str, typer.Option(help="Store URL: a path or lmdb:PATH.")],
+    store: Annotated[str, typer.Option(help=URL_HELP)],
     codec: Annotated[str, typer.Option(help="How tokens are stored: int8, float16, bfloat16 or float32.")] = "int8",
     force: Annotated[bool, typer.Option("--all", help="Also users whose stored record is current.")] = False,
+    publish: Annotated[
+        bool, typer.Option("--publish/--no-publish", help="Publish the version when all users are in the store.")
+    ] = True,
 ) -> None:
     """Summarize every user's history into a store, and publish the model version.
 
-    Only users with new events since their stored record; an interrupted run goes on where it stopped.
+    Only users with new events since their stored record; an interrupted run goes on where it stopped. With
+    `--no-publish`, readers of the published version see no change until `vista store publish`.
     """
     from vista import api
+    from vista.store.contract import shown
 
-    report = api.summarize(run, data, store, codec=codec, force=force)
+    report = api.summarize(run, data, store, codec=codec, force=force, publish=publish)
+    done = "published" if publish else "not published:"
     typer.echo(
         f"summarized {report.num_users:,} users ({report.num_events:,} events), {report.num_current:,} were current; "
-        f"published version {report.version} in {store}"
+        f"{done} version {report.version} in {shown(store)}"
     )
 
 
 def rank(
     run: Annotated[Path, typer.Argument(help="Run folder of the model version in the store.")],
-    store: Annotated[str, typer.Option(help="Store URL: a path or lmdb:PATH.")],
+    store: Annotated[str, typer.Option(help=URL_HELP)],
     user: Annotated[str, typer.Option(help="User id, as in the event log.")],
     candidates: Annotated[str, typer.Option(help="Item ids, separated by commas.")],
     at: Annotated[datetime | None, typer.Option(help="Moment of the request, UTC; default: now.")] = None,

@@ -31,7 +31,7 @@ from vista.jobs.summarize import summarize_users
 from vista.progress import Progress
 from vista.schema import Manifest
 from vista.store.contract import SummaryStore, Write, open_store
-from vista.store.record import KINDS, codec_of, encode, user_key
+from vista.store.record import KINDS, encode, unpack, user_key
 
 DEFAULT_CODEC = "int8"  # of a record that is damaged and does not say its own
 Codecs = dict[str, dict[str, str]]  # model version -> user -> codec of the user's records
@@ -197,7 +197,7 @@ def stored_codecs(store: SummaryStore, users: Sequence[str]) -> Codecs:
 
 def _codec(blob: bytes) -> str:
     try:
-        return codec_of(blob)
+        return unpack(blob).codec
     except RecordError:
         return DEFAULT_CODEC
 

@@ -37,7 +37,13 @@ class SummarizeReport:
 
 
 def summarize(
-    run: Run, data: PreparedData, store: SummaryStore, codec: str = "int8", force: bool = False, quiet: bool = False
+    run: Run,
+    data: PreparedData,
+    store: SummaryStore,
+    codec: str = "int8",
+    force: bool = False,
+    quiet: bool = False,
+    publish: bool = True,
 ) -> SummarizeReport:
     """Summarize every user of ``data`` into ``store``, then mark the version as complete and publish it.
 
@@ -62,7 +68,8 @@ def summarize(
                 num_events += int(lengths[wanted].sum())
             progress.advance(int(lengths[block].sum()))
     store.complete_version(run.version)
-    store.publish(run.version)
+    if publish:
+        store.publish(run.version)
     return SummarizeReport(num_users, num_events, current, run.version)
 
 

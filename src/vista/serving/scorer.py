@@ -22,7 +22,7 @@ from vista.errors import RecordError, StoreError
 from vista.models.inputs import Recent
 from vista.records import fill_recent
 from vista.store.contract import SummaryStore
-from vista.store.record import Record, decode, user_key
+from vista.store.record import Stored, decode_tokens, unpack, user_key
 
 US_PER_S = 1_000_000
 
@@ -61,41 +61,57 @@ class Scorer:
 
     def __init__(self, run: Run, store: SummaryStore) -> None:
         self.run, self.store, self.model = run, store, run.sequence_model
+        with torch.no_grad():
+            self._shape = tuple(self.model.empty_summary(1).shape[1:])
 
     @torch.no_grad()
     def read(self, users: Sequence[Any]) -> UserSummaries:
         """Tokens and recent events of users by original id. Raises StoreError for a damaged or misfit record."""
-        config = self.run.config.model
         blobs = self.store.get_many("tokens", [user_key(user) for user in users], self.run.version)
-        tokens = self.model.empty_summary(len(users)).clone()
-        recent = Recent.empty(len(users), config.recent_events)
-        num_events = torch.zeros(len(users), dtype=torch.int64)
-        as_of_us = torch.full((len(users),), -1, dtype=torch.int64)
-        for row, (user, blob) in enumerate(zip(users, blobs, strict=True)):
-            if blob is None:
-                continue
-            record = self._decode(user, blob)
-            if record.arrays["tokens"].shape != tuple(tokens.shape[1:]):
-                raise StoreError(
-                    f"user {user!r}: tokens of shape {record.arrays['tokens'].shape} in the store, the model's are "
-                    f"{tuple(tokens.shape[1:])}; summarize again"
-                )
-            tokens[row] = torch.from_numpy(record.arrays["tokens"].astype(np.float32))
-            fill_recent(recent, row, record)
-            num_events[row], as_of_us[row] = record.num_events, record.as_of_us
-        return UserSummaries(tokens, recent, num_events, as_of_us, np.array([blob is not None for blob in blobs]))
+        pairs = enumerate(zip(users, blobs, strict=True))
+        found = {row: self._unpack(user, blob) for row, (user, blob) in pairs if blob is not None}
+        recent = Recent.empty(len(users), self.run.config.model.recent_events)
+        num_events, as_of_us = [0] * len(users), [-1] * len(users)
+        for row, stored in found.items():
+            fill_recent(recent, row, stored)
+            num_events[row], as_of_us[row] = stored.num_events, stored.as_of_us
+        return UserSummaries(
+            self._decode(len(users), found),
+            recent,
+            torch.tensor(num_events, dtype=torch.int64),
+            torch.tensor(as_of_us, dtype=torch.int64),
+            np.array([blob is not None for blob in blobs]),
+        )
 
-    def _decode(self, user: Any, blob: bytes) -> Record:
+    def _decode(self, num_users: int, found: dict[int, Stored]) -> torch.Tensor:
+        """Tokens (B, K, D) from the records by row, all of a codec at once; a cold start where there is none."""
+        codecs = {stored.codec for stored in found.values()}
+        if len(found) == num_users and len(codecs) == 1:
+            tokens = torch.empty(num_users, *self._shape)
+            decode_tokens(list(found.values()), out=tokens.numpy())
+            return tokens
+        tokens = self.model.empty_summary(num_users).clone()
+        for codec in codecs:
+            rows = [row for row, stored in found.items() if stored.codec == codec]
+            tokens[rows] = torch.from_numpy(decode_tokens([found[row] for row in rows]))
+        return tokens
+
+    def _unpack(self, user: Any, blob: bytes) -> Stored:
         try:
-            record = decode(blob, self.run.version)
+            stored = unpack(blob, self.run.version)
         except RecordError as error:
             raise RecordError(f"user {user!r}: {error}") from error
-        if (record.kind, record.user_key) != ("tokens", user_key(user)):
+        if (stored.kind, stored.user_key) != ("tokens", user_key(user)):
             raise RecordError(
-                f"user {user!r}: the store has a record of kind {record.kind!r} of user {record.user_key!r} in this "
+                f"user {user!r}: the store has a record of kind {stored.kind!r} of user {stored.user_key!r} in this "
                 "place; summarize again"
             )
-        return record
+        if stored.arrays["tokens"].shape != self._shape:
+            raise StoreError(
+                f"user {user!r}: tokens of shape {stored.arrays['tokens'].shape} in the store, the model's are "
+                f"{self._shape}; summarize again"
+            )
+        return stored
 
     @torch.no_grad()
     def rank(

@@ -6,31 +6,26 @@ most one is *published*. A reader names its version, so that tokens of one model
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol, Self
 
 from vista.errors import StoreError
+from vista.store.versions import VersionInfo
 
 Write = tuple[str, bytes, bytes]  # kind, user key, encoded record
-LEAST_COVERAGE = 0.99  # share of the expected users a version needs to be published unless forced
 
 
 @dataclass(frozen=True)
-class VersionInfo:
-    """What a store knows of a model version beside its records."""
+class KindStatistics:
+    """How many records of one kind a version has, and the bytes of all of them together."""
 
     version: str
-    num_tokens: int
-    width: int
-    expected_users: int
-    num_users: int = 0
-    is_complete: bool = False
-    created_us: int = 0
-
-    def to_json(self) -> dict[str, object]:
-        return asdict(self)
+    kind: str
+    num_records: int
+    num_bytes: int
 
 
 class SummaryStore(Protocol):
@@ -66,11 +61,17 @@ class SummaryStore(Protocol):
     def rollback(self) -> str:
         """Publish again what was published before; returns it."""
 
+    def previous(self) -> str | None:
+        """The version a rollback would publish, None where there is none."""
+
     def drop_version(self, version: str) -> int:
         """Remove a version that is neither published nor the one to roll back to; how many records it had."""
 
     def compact(self) -> int:
         """Leave no byte of deleted or replaced records in what the store keeps; how many bytes that freed."""
+
+    def statistics(self) -> list[KindStatistics]:
+        """Records and bytes of every version and kind that has any; versions oldest first, kinds in order."""
 
     def close(self) -> None: ...
 
@@ -82,26 +83,51 @@ class SummaryStore(Protocol):
 
 
 def open_store(url: str, read_only: bool = False) -> SummaryStore:
-    """Open a store by URL: ``lmdb:PATH``, or a bare path, which means LMDB. Raises StoreError for any other scheme."""
-    scheme, colon, path = url.partition(":")
+    """Open a store by URL.
+
+    ``lmdb:PATH`` or a bare path; ``redis://[user:password@]host[:port][/db]`` (``rediss://`` with TLS), ``unix:SOCKET``
+    for the same over a socket of this machine; ``memory:NAME`` in this process. Raises StoreError for any other
+    scheme, for a store that cannot be opened, and, where it is only to be read, for one that is not there.
+    """
+    scheme, colon, rest = url.partition(":")
     if not colon or "/" in scheme:
-        scheme, path = "lmdb", url
+        scheme, rest = "lmdb", url
     match scheme:
         case "lmdb":
             from vista.store.lmdb_store import LmdbStore
 
-            return LmdbStore(path, read_only)
+            return LmdbStore(rest, read_only)
+        case "redis" | "rediss" | "unix":
+            from vista.store.redis_store import RedisStore
+
+            return RedisStore(url, read_only)
+        case "memory":
+            from vista.store.memory_store import MemoryStore
+
+            return MemoryStore(rest, read_only)
         case _:
-            raise StoreError(f"store {url!r}: unknown scheme {scheme!r}; use lmdb:PATH or a path")
+            raise StoreError(
+                f"store {shown(url)!r}: unknown scheme {scheme!r}; use lmdb:PATH or a path, redis://HOST, unix:SOCKET, "
+                "memory:NAME"
+            )
 
 
-def check_publishable(info: VersionInfo | None, version: str, force: bool) -> None:
-    """Refuse to publish what is not there, not complete, or covers too few of the expected users."""
-    if info is None:
-        raise StoreError(f"version {version} is not in the store; run: vista summarize")
-    coverage = info.num_users / info.expected_users if info.expected_users else 1.0
-    if not force and (not info.is_complete or coverage < LEAST_COVERAGE):
-        raise StoreError(
-            f"version {version} holds {info.num_users} of {info.expected_users} users"
-            f"{'' if info.is_complete else ' and its bulk run has not ended'}; finish it with vista summarize, or force"
-        )
+def shown(url: str) -> str:
+    """A URL without its password, for messages."""
+    return re.sub(r"password=[^&]*", "password=***", re.sub(r"(//[^:@/]*):[^@]*@", r"\1:***@", url))
+
+
+def collect(store: SummaryStore, keep: int = 0) -> dict[str, int]:
+    """Drop every version that is neither published nor the one to roll back to, but the ``keep`` newest of them.
+
+    Returns the bytes that each dropped version's records had, oldest first.
+    """
+    in_use = (store.published(), store.previous())
+    unused = [info.version for info in store.versions() if info.version not in in_use]
+    num_bytes = dict.fromkeys(unused[: max(len(unused) - keep, 0)], 0)
+    for row in store.statistics():
+        if row.version in num_bytes:
+            num_bytes[row.version] += row.num_bytes
+    for version in num_bytes:
+        store.drop_version(version)
+    return num_bytes

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -31,14 +30,25 @@ import lmdb
 
 from vista.errors import StoreError
 from vista.files import sync
-from vista.store.contract import VersionInfo, Write, check_publishable
+from vista.store.contract import KindStatistics, Write
 from vista.store.generations import FIRST, Generations
-from vista.store.record import KINDS, LONGEST_KEY, VERSION_BYTES
+from vista.store.record import KINDS
+from vista.store.versions import (
+    Pointer,
+    VersionInfo,
+    begin,
+    check_droppable,
+    check_publishable,
+    check_version,
+    member,
+    not_begun,
+)
 
 FIRST_MAP_BYTES = 1 << 28  # address space, not disk; doubled when full
 MAX_READERS = 512
 SCAN_RECORDS = 256  # read in one transaction: an open one keeps the writer from using freed space again
 COPY_BYTES = 1 << 26  # of records that compaction copies in one transaction, held in memory
+MEASURE_RECORDS = 65_536  # the same where only the sizes are looked at
 VERSION_PREFIX, POINTER, MOVED = b"version:", b"published", b"moved to generation"
 Result = TypeVar("Result")
 
@@ -129,7 +139,7 @@ class LmdbStore:
         def put(transaction: lmdb.Transaction) -> None:
             info = self._info(transaction, version)
             if info is None:
-                raise StoreError(f"version {version} was not begun in {self.path}; call begin_version first")
+                raise not_begun(version, str(self.path))
             new_users = 0
             for kind, user, blob in writes:
                 key = record_key(version, kind, user)
@@ -178,24 +188,14 @@ class LmdbStore:
     def begin_version(self, version: str, num_tokens: int, width: int, expected_users: int) -> None:
         check_version(version)
 
-        def begin(transaction: lmdb.Transaction) -> None:
-            info = self._info(transaction, version)
-            if info is None:
-                info = VersionInfo(version, num_tokens, width, expected_users, created_us=time.time_ns() // 1000)
-            elif (info.num_tokens, info.width) != (num_tokens, width):
-                raise StoreError(
-                    f"version {version} in {self.path} has {info.num_tokens} x {info.width} tokens, "
-                    f"not {num_tokens} x {width}"
-                )
-            self._put_info(transaction, replace(info, expected_users=expected_users, is_complete=False))
-
-        self._write(begin)
+        wanted = VersionInfo(version, num_tokens, width, expected_users)
+        self._write(lambda t: self._put_info(t, begin(self._info(t, version), wanted, str(self.path))))
 
     def complete_version(self, version: str) -> None:
         def complete(transaction: lmdb.Transaction) -> None:
             info = self._info(transaction, version)
             if info is None:
-                raise StoreError(f"version {version} was not begun in {self.path}")
+                raise not_begun(version, str(self.path))
             self._put_info(transaction, replace(info, is_complete=True))
 
         self._write(complete)
@@ -204,27 +204,24 @@ class LmdbStore:
         return self._read(self._all_versions)
 
     def published(self) -> str | None:
-        return self._read(self._pointer)["now"]
+        return self._read(self._pointer).now
+
+    def previous(self) -> str | None:
+        return self._read(self._pointer).before
 
     def publish(self, version: str, force: bool = False) -> None:
         def flip(transaction: lmdb.Transaction) -> None:
             check_publishable(self._info(transaction, version), version, force)
-            pointer = self._pointer(transaction)
-            if pointer["now"] != version:
-                self._put_pointer(transaction, {"now": version, "before": pointer["now"]})
+            self._put_pointer(transaction, self._pointer(transaction).flipped(version))
 
         self._write(flip)
 
     def rollback(self) -> str:
         def flip(transaction: lmdb.Transaction) -> str:
-            pointer = self._pointer(transaction)
-            before = pointer["before"]
-            if before is None or self._info(transaction, before) is None:
-                raise StoreError(
-                    f"{self.path}: no version was published before {pointer['now']}; nothing to roll back to"
-                )
-            self._put_pointer(transaction, {"now": before, "before": pointer["now"]})
-            return before
+            known = [info.version for info in self._all_versions(transaction)]
+            pointer = self._pointer(transaction).rolled_back(known, str(self.path))
+            self._put_pointer(transaction, pointer)
+            return cast(str, pointer.now)
 
         return self._write(flip)
 
@@ -232,8 +229,7 @@ class LmdbStore:
         check_version(version)
 
         def drop(transaction: lmdb.Transaction) -> int:
-            if version in self._pointer(transaction).values():
-                raise StoreError(f"version {version} is published or the one to roll back to; publish another first")
+            check_droppable(self._pointer(transaction), version)
             removed = 0
             with transaction.cursor(db=self._records) as cursor:
                 while cursor.set_range(version.encode()) and bytes(cursor.key()).startswith(version.encode()):
@@ -242,6 +238,32 @@ class LmdbStore:
             return removed
 
         return self._write(drop)
+
+    def statistics(self) -> list[KindStatistics]:
+        return [
+            KindStatistics(info.version, kind, num_records, num_bytes)
+            for info in self.versions()
+            for kind in KINDS
+            for num_records, num_bytes in [self._measure(record_key(info.version, kind, b""))]
+            if num_records
+        ]
+
+    def _measure(self, prefix: bytes) -> tuple[int, int]:
+        """Records and bytes of what has keys with a prefix, in parts as a scan; the records' pages are not touched."""
+        sizes: list[int] = []
+
+        def part(transaction: lmdb.Transaction) -> tuple[list[int], bytes]:
+            with transaction.cursor(db=self._records) as cursor:
+                rows = islice(cursor, MEASURE_RECORDS) if cursor.set_range(start) else ()
+                found = [(bytes(key), len(blob)) for key, blob in rows]
+            own = [size for key, size in found if key.startswith(prefix)]
+            return own, found[-1][0] + b"\0" if found and len(own) == len(found) else b""
+
+        start = prefix
+        while start:
+            own, start = self._read(part, in_place=True)
+            sizes += own
+        return len(sizes), sum(sizes)
 
     # -- compaction
 
@@ -327,12 +349,12 @@ class LmdbStore:
             raise
         return result
 
-    def _read(self, action: Callable[[lmdb.Transaction], Result]) -> Result:
-        """Run an action that sees the store as of one moment."""
+    def _read(self, action: Callable[[lmdb.Transaction], Result], in_place: bool = False) -> Result:
+        """Run an action that sees the store as of one moment. in_place: values are views, gone when the action ends."""
         try:
             while True:
                 try:
-                    with self._readers.one(), self._env.begin() as transaction:
+                    with self._readers.one(), self._begin(in_place) as transaction:
                         self._check_not_moved(transaction)
                         return action(transaction)
                 except lmdb.MapResizedError:
@@ -349,6 +371,9 @@ class LmdbStore:
     def _check_not_moved(self, transaction: lmdb.Transaction) -> None:
         if transaction.get(MOVED, db=self._facts) is not None:
             raise _Moved
+
+    def _begin(self, in_place: bool) -> lmdb.Transaction:
+        return cast(lmdb.Transaction, self._env.begin(buffers=True)) if in_place else self._env.begin()
 
     def _set_map(self, num_bytes: int) -> None:
         with self._readers.kept_out():
@@ -370,12 +395,12 @@ class LmdbStore:
             ]
         return sorted(found, key=lambda info: info.created_us)
 
-    def _pointer(self, transaction: lmdb.Transaction) -> dict[str, str | None]:
+    def _pointer(self, transaction: lmdb.Transaction) -> Pointer:
         value = transaction.get(POINTER, db=self._facts)
-        return {"now": None, "before": None} if value is None else json.loads(bytes(value))
+        return Pointer() if value is None else Pointer(**json.loads(bytes(value)))
 
-    def _put_pointer(self, transaction: lmdb.Transaction, pointer: dict[str, str | None]) -> None:
-        transaction.put(POINTER, json.dumps(pointer).encode(), db=self._facts)
+    def _put_pointer(self, transaction: lmdb.Transaction, pointer: Pointer) -> None:
+        transaction.put(POINTER, json.dumps(pointer.to_json()).encode(), db=self._facts)
 
     def close(self) -> None:
         with self._writing, self._readers.kept_out():
@@ -434,18 +459,7 @@ def _parts(cursor: lmdb.Cursor) -> Iterator[list[tuple[bytes, bytes]]]:
     yield part
 
 
-def check_version(version: str) -> None:
-    """Raise StoreError for what cannot be a model version: one that is the beginning of another would own its keys."""
-    if len(version.encode()) != VERSION_BYTES:
-        raise StoreError(f"version {version!r}: a model version has {VERSION_BYTES} bytes; it is in the run's folder")
-
-
 def record_key(version: str, kind: str, user_key: bytes) -> bytes:
     """version | kind | user key. Raises StoreError for what cannot be one of these."""
     check_version(version)
-    if kind not in KINDS or len(user_key) > LONGEST_KEY:
-        raise StoreError(
-            f"kind {kind!r}, user key of {len(user_key)} bytes: known kinds are {KINDS}, a key has at most "
-            f"{LONGEST_KEY} bytes; make it with user_key"
-        )
-    return version.encode() + bytes([KINDS.index(kind)]) + user_key
+    return version.encode() + member(kind, user_key)

@@ -150,11 +150,13 @@ class SequenceModel(Model):
         timestamp_us: Tensor,
         candidate: Tensor,
         context: Tensor | None = None,
+        sketch: Running = (),
     ) -> Tensor:
         """Logits (B, C, T) of B users' candidates, as online ranking computes them.
 
         tokens (B, K, D), recent (B, R), num_known (B,) events known, timestamp_us (B,) of the request, candidate (B,
-        C) item index, context (B, C, X) as prepared data has it, NaN where not given, or None. """  # fmt: skip
+        C) item index, context (B, C, X) as prepared data has it, NaN where not given, or None, sketch (B, ...) where
+        the model has one. """  # fmt: skip
         num_users, size = recent.item.shape
         rows = torch.arange(num_users * size, device=recent.item.device).view(num_users, size)
         if context is None:
@@ -171,7 +173,7 @@ class SequenceModel(Model):
             context=context,
         )
         event_x = self.embedding(*(c.flatten() for c in _columns(recent)))
-        return self.rank(Prepared(tokens, self.ranker.prepare(tokens, event_x)), requests)
+        return self.rank(Prepared(tokens, self.ranker.prepare(tokens, event_x), sketch), requests)
 
     def init_state(self, num_users: int) -> UserState:
         """The state of users without events; without a summarizer, recent events are all of it."""
@@ -187,6 +189,10 @@ class SequenceModel(Model):
             events.item, events.action, events.timestamp_us, events.offsets, state.progress.last_us
         )
         return UserState(state.progress.advance(events), state.recent.push(events), ())
+
+    def init_sketch(self, num_users: int) -> Running:
+        """The sketches (B, ...) of users without events; nothing where the model has none."""
+        return self.sketch.initial(num_users) if self.sketch is not None else ()
 
     def empty_summary(self, num_users: int) -> Tensor:
         """Summary tokens (B, K, D) of users without any event: the answer for those a store does not know."""

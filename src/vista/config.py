@@ -34,6 +34,7 @@ class ModelConfig:
     num_seeds: int = 64  # [K] summary tokens per user
     width: int = 64  # [D]
     num_heads: int = 4  # [H]; the head width E is width / num_heads
+    sketch_slots: int = 0  # slots of the sketch's tables (exact counts beside the summary, read per candidate); 0: none
     recent_events: int = 128  # [R] newest raw events given to the ranker; at least the largest staleness in events
     history_events: int = 1024  # [R] newest raw events that models without a summary (docs/baselines.md) read
     top_k: int = 128  # models sim and twin: events that the search leaves to the exact stage
@@ -215,5 +216,5 @@ def _check(config: Config) -> None:
 
 _MAY_BE_ZERO = {
     "seed", "time_budget_s", "max_stale_segments", "weight_decay", "warmup_steps",
-    "reconstruction_weight", "dropout", "num_seeds", "count_last_events",
+    "reconstruction_weight", "dropout", "num_seeds", "count_last_events", "sketch_slots",
 }  # fmt: skip

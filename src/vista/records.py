@@ -12,13 +12,16 @@ from typing import Any
 import numpy as np
 import torch
 
+from vista.errors import RecordError
 from vista.models.batch import flatten, unflatten
 from vista.models.borders import Border, KeptBorders
 from vista.models.inputs import Progress, Recent
+from vista.models.memory import Running
 from vista.models.summarizer import UserState
 from vista.models.vista import SequenceModel
 from vista.store.record import Record, Stored, user_key
 
+SKETCH_ARRAYS = ("sketch_slot", "sketch_sums", "sketch_last", "sketch_clock")
 RECENT_TYPES = {"item": np.int32, "action": np.int16, "timestamp_us": np.int64, "gap_us": np.int64}
 
 
@@ -26,6 +29,7 @@ RECENT_TYPES = {"item": np.int32, "action": np.int16, "timestamp_us": np.int64, 
 def to_records(model: SequenceModel, state: UserState, user_ids: list[Any], version: str) -> list[Record]:
     """The tokens and state records of B users, two per user, with the tokens as of each newest closed border."""
     tokens = model.state_tokens(state).float().numpy()
+    sketch = state.memory[-1][0] if model.sketch is not None else ()
     memory = [t.numpy() for t in flatten(state.memory)]
     newest = model.config.recent_events
     records = []
@@ -33,6 +37,7 @@ def to_records(model: SequenceModel, state: UserState, user_ids: list[Any], vers
         held = state.recent.item[row] > 0
         kept = {f"recent_{n}": getattr(state.recent, n)[row, held].numpy().astype(t) for n, t in RECENT_TYPES.items()}
         hot = {name: array[-newest:] for name, array in kept.items()} | {"tokens": tokens[row]}
+        hot |= sketch_arrays(tuple(t[row] for t in sketch))
         cold = kept | {f"memory_{i}": t[row] for i, t in enumerate(memory)}
         cold["first_us"] = state.progress.first_us[row : row + 1].numpy()
         facts = (user_key(user), int(state.progress.last_us[row]), int(state.progress.num_events[row]))
@@ -66,6 +71,27 @@ def fill_recent(recent: Recent, row: int, record: Record | Stored) -> None:
         column = record.arrays[f"recent_{name}"]
         place = getattr(recent, name).numpy()[row]  # in place, and without a tensor per user and column
         place[len(place) - len(column) :] = column
+
+
+def sketch_arrays(sketch: Running) -> dict[str, np.ndarray]:
+    """One user's sketch as a record holds it: the slots that any event has met, and the clock."""
+    if not sketch:
+        return {}
+    sums, last, clock = (t.numpy() for t in sketch)
+    slot = np.flatnonzero(sums[:, 0])
+    values = (slot.astype(np.int32), sums[slot].astype(np.float32), last[slot], clock)
+    return dict(zip(SKETCH_ARRAYS, values, strict=True))
+
+
+def fill_sketch(sketch: Running, row: int, record: Record | Stored) -> None:
+    """Put a record's sketch into one row of empty ones (B, ...). Raises RecordError where the record has none."""
+    missing = [name for name in SKETCH_ARRAYS if name not in record.arrays]
+    if missing:
+        raise RecordError(f"no {missing[0]} in a record of a model with a sketch; summarize the user again")
+    slot, sums, last, clock = (record.arrays[name] for name in SKETCH_ARRAYS)
+    for tensor, values in zip(sketch, (sums, last), strict=False):
+        tensor.numpy()[row, slot] = values
+    sketch[2].numpy()[row] = clock
 
 
 BORDER_NUMBERS = ("num_events", "first_us", "last_us", "num_ties")  # stored as border_num_events and so on

@@ -29,9 +29,11 @@ AT_US = 2_000_000_000_000_000
 CONTEXT = (ContextColumn("price", "number", 10.0, 2.0),)
 
 
-def make_run(context: tuple[ContextColumn, ...] = (), version: str = VERSION, seed: int = 0) -> Run:
+def make_run(
+    context: tuple[ContextColumn, ...] = (), version: str = VERSION, seed: int = 0, sketch_slots: int = 0
+) -> Run:
     """A run with random weights, none of them zero."""
-    config, items = model_config(), catalogue()
+    config, items = model_config(sketch_slots=sketch_slots), catalogue()
     torch.manual_seed(seed)
     model = make_model(config, ItemTables.of(items), NUM_ACTIONS, 2, context, 0).eval()
     with torch.no_grad():
@@ -82,6 +84,30 @@ def test_reads_what_was_stored(store):
     exact = np.stack([record.arrays["tokens"] for record in records()[::2]])
     assert np.array_equal(found.tokens[:5].numpy(), exact)
     assert torch.equal(found.tokens[5:], RUN.sequence_model.empty_summary(1))
+
+
+@pytest.mark.parametrize("slots", [9, 64])
+def test_a_sketch_is_stored_with_the_tokens(store, slots):
+    """Scores are those of the state itself, whatever the codec does to the tokens; a cold start has an empty one."""
+    run = make_run(sketch_slots=slots)
+    model, items = run.sequence_model, [0, 5, 11, 39]
+    put(store, records(run), "float32")
+    found = Scorer(run, store).rank([*USERS, "nobody"], [items] * 6, AT_US)
+    with torch.no_grad():
+        state = model.extend(model.init_state(6), histories([*LENGTHS, 0]))
+        candidate = torch.from_numpy(run.catalogue.encode(items).astype(np.int64)).expand(6, -1)
+        facts = (state.recent, state.progress.num_events, torch.full((6,), AT_US), candidate)
+        tokens, sketch = model.state_tokens(state), state.memory[-1][0]
+        expected = model.rank_users(tokens, *facts, sketch=sketch).sigmoid().numpy()
+        without = model.rank_users(tokens, *facts, sketch=model.init_sketch(6)).sigmoid().numpy()
+    np.testing.assert_allclose(np.stack([ranking.probability for ranking in found]), expected, rtol=1e-5)
+    assert np.abs(expected - without)[:5].max() > 0.001, "the sketch says something, or the test would show nothing"
+
+
+def test_a_record_without_the_sketch_a_model_needs_is_refused(store):
+    put(store, records(RUN))
+    with pytest.raises(RecordError, match="no sketch_slot in a record"):
+        Scorer(make_run(sketch_slots=9), store).read(["anna"])
 
 
 @pytest.mark.parametrize("codec", CODECS)

@@ -65,6 +65,7 @@ class ItemEmbedding(nn.Module):
         self.register_buffer("embedding_row", tables.embedding_row, persistent=False)
         self.register_buffer("features", tables.features, persistent=False)
         self.register_buffer("vectors", tables.vectors, persistent=False)
+        self.feature_sizes = tables.feature_sizes
         self.rows = nn.Embedding(tables.num_rows, width, sparse=True)
         self.by_feature = nn.ModuleList(nn.Embedding(size, width) for size in tables.feature_sizes)
         has_vectors = tables.vectors.shape[1] > 0

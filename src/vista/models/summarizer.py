@@ -30,6 +30,7 @@ from vista.models.embeddings import EventEmbedding
 from vista.models.inputs import US_PER_S, Events, Progress, Recent, ragged_index
 from vista.models.layers import GatedUnit, aligned, join_heads, norm
 from vista.models.memory import SlotsMemory, SumMemory, make_memory, project_heads
+from vista.models.sketch import Sketch
 from vista.ops.qla import SegmentOrder, carried, qla, read_memory, rms_norm
 
 BLOCK_SEGMENTS = 4  # segments of one user folded at a time: a super-block stays in cache (measured: 4 beat 1 and 16)
@@ -42,7 +43,7 @@ class UserState:
 
     progress  how many events, from when to when
     recent    the newest R raw events (R >= S); the open segment is the newest num_events % S of them
-    memory    per layer, per memory of the layer, its running value over the closed segments
+    memory    per layer, per memory of the layer, its running value over the closed segments; then the sketch's, if any
     """
 
     progress: Progress
@@ -52,6 +53,16 @@ class UserState:
     @property
     def num_users(self) -> int:
         return len(self.progress.num_events)
+
+
+@dataclass(frozen=True)
+class Segments:
+    """G segments of S events: vectors x (G, S, D), is_valid (G, S), item and timestamp_us (G, S) int64."""
+
+    x: Tensor
+    is_valid: Tensor
+    item: Tensor
+    timestamp_us: Tensor
 
 
 class SummarizerLayer(nn.Module):
@@ -151,6 +162,9 @@ class Summarizer(nn.Module):
         self.size = nn.Linear(2, config.width)
         nn.init.normal_(self.size.weight, std=SEED_SCALE)
         nn.init.zeros_(self.size.bias)
+        items = embedding.items
+        has_sketch = config.sketch_slots > 0 and config.scope != "full"
+        self.sketch = Sketch(config.sketch_slots, len(items.embedding_row), items.feature_sizes) if has_sketch else None
         last = config.num_layers - 1
         self.layers = nn.ModuleList(SummarizerLayer(config, is_last=i == last) for i in range(config.num_layers))
 
@@ -165,12 +179,15 @@ class Summarizer(nn.Module):
     def init_state(self, num_users: int) -> UserState:
         """The state of users without events."""
         device, dtype = self.seeds.device, carried(self.seeds).dtype
+        initial = [layer.initial(num_users) for layer in self._layers]
+        if self.sketch is not None:
+            initial.append((self.sketch.initial(num_users),))
         memory = tuple(
             tuple(
                 tuple(t.to(device, dtype if t.is_floating_point() else t.dtype) for t in running)
-                for running in layer.initial(num_users)
+                for running in layer_memory
             )
-            for layer in self._layers
+            for layer_memory in initial
         )
         size = 0 if self.config.scope == "full" else self.config.recent_events
         return UserState(Progress.start(num_users, device), Recent.empty(num_users, size, device), memory)
@@ -223,25 +240,38 @@ class Summarizer(nn.Module):
     # -- the steps both are made of; training calls them directly
 
     def fold(
-        self, x: Tensor, is_valid: Tensor, order: SegmentOrder, memory: tuple[LayerMemory, ...]
+        self, segments: Segments, order: SegmentOrder, memory: tuple[LayerMemory, ...]
     ) -> tuple[tuple[LayerMemory, ...], tuple[LayerMemory, ...]]:
-        """Event vectors x (G, S, D), is_valid (G, S), through all layers on top of ``memory`` (B, ...).
+        """Segments through all layers on top of ``memory`` (B, ...).
 
         Returns the memory after each segment (G, ...) and after all (B, ...).
         """
         after, last = [], []
-        rows: Tensor | None = x
-        for layer, before in zip(self._layers, memory, strict=True):
+        rows: Tensor | None = segments.x
+        for layer, before in zip(self._layers, memory, strict=False):  # behind the layers' memories stands the sketch
             assert rows is not None
-            rows, layer_after, layer_last = layer.fold(rows, is_valid, order, before)
+            rows, layer_after, layer_last = layer.fold(rows, segments.is_valid, order, before)
             after.append(layer_after)
             last.append(layer_last)
+        if self.sketch is not None:
+            features = self.embedding.items.features[segments.item]
+            parts = self.sketch.parts(segments.item, features, segments.timestamp_us, segments.is_valid)
+            sketch_after, sketch_last = order.scan(self.sketch.merge, memory[-1][0], parts)
+            after.append((sketch_after,))
+            last.append((sketch_last,))
         return tuple(after), tuple(last)
+
+    def segments_of(self, events: Events, x: Tensor | None, index: Tensor) -> Segments:
+        """Rows ``index`` (G, S) of events, -1 pads. x (N, D): their vectors, where they are there already."""
+        flat = index.clamp(min=0)
+        item, timestamp_us = events.item[flat], events.timestamp_us[flat]
+        columns = (item, events.action[flat], timestamp_us, events.gap_us[flat])
+        return Segments(self.embedding(*columns) if x is None else x[flat], index >= 0, item, timestamp_us)
 
     def read_memory(self, memory: tuple[LayerMemory, ...], progress: Progress) -> Tensor:
         """Summary tokens (M, K, D) from M memories, each as of its progress."""
         s = self._fresh_seeds(progress)
-        for layer, layer_memory in zip(self._layers, memory, strict=True):
+        for layer, layer_memory in zip(self._layers, memory, strict=False):
             s = layer.read(s, layer_memory, progress.num_events)
         return norm(s)
 
@@ -264,10 +294,7 @@ class Summarizer(nn.Module):
         ordinal = torch.cat([torch.arange(n) for n in num_segments.tolist()]).to(pending.offsets.device)
         starts = pending.offsets[order.user] + (first_segment + ordinal) * size
         index = ragged_index(starts, (pending.offsets[order.user + 1] - starts).clamp(max=size), size)
-        is_valid = index >= 0
-        flat = index.clamp(min=0)
-        x = self.embedding(pending.item[flat], pending.action[flat], pending.timestamp_us[flat], pending.gap_us[flat])
-        return self.fold(x, is_valid, order, memory)[1]
+        return self.fold(self.segments_of(pending, None, index), order, memory)[1]
 
     # -- scope "full": the reference
 

@@ -10,7 +10,7 @@ Shape letters: B lanes, G segments, S events in a segment, M summaries, Q reques
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -28,8 +28,10 @@ from vista.models.counts import CountsModel
 from vista.models.embeddings import EventEmbedding, ItemEmbedding, ItemTables
 from vista.models.inputs import Events, Progress, Recent
 from vista.models.losses import ReconstructionDecoder
+from vista.models.memory import Running
 from vista.models.model import Model
 from vista.models.ranker import Ranker, UserCache
+from vista.models.sketch import Sketch
 from vista.models.summarizer import Summarizer, UserState
 from vista.ops.qla import SegmentOrder
 from vista.schema import ContextColumn
@@ -37,10 +39,11 @@ from vista.schema import ContextColumn
 
 @dataclass(frozen=True)
 class Prepared:
-    """Summary tokens (M, K, D) at a batch's borders, and keys and values of tokens and events."""
+    """Summary tokens (M, K, D) at a batch's borders, keys and values of tokens and events, and sketches (M, ...)."""
 
     tokens: Tensor
     cache: UserCache
+    sketch: Running = ()
 
 
 class SequenceModel(Model):
@@ -62,6 +65,8 @@ class SequenceModel(Model):
         self.summarizer = Summarizer(config, embedding) if has_summary else None
         # One owner, or every shared weight would stand twice in a checkpoint.
         self.own_embedding = None if has_summary else embedding
+        if self.sketch is not None:
+            num_counts += self.sketch.num_features
         self.ranker = Ranker(config, num_tasks, context, num_counts)
         self.decoder = ReconstructionDecoder(config) if has_summary else None
 
@@ -71,6 +76,10 @@ class SequenceModel(Model):
         embedding = self.own_embedding if self.summarizer is None else self.summarizer.embedding
         assert embedding is not None
         return embedding
+
+    @property
+    def sketch(self) -> Sketch | None:
+        return self.summarizer.sketch if self.summarizer is not None else None
 
     # -- training and evaluation: over timelines
 
@@ -88,20 +97,20 @@ class SequenceModel(Model):
     def prepare(self, batch: TimelineBatch, memory: Memory) -> tuple[Prepared, Memory]:
         """Summary tokens at the batch's borders with all keys and values, and each lane's memory after the batch."""
         event_x = self.embed(batch.events)
-        tokens, last = self.summaries(batch, event_x, memory)
-        return Prepared(tokens, self.ranker.prepare(tokens, event_x)), last
-
-    def summaries(self, batch: TimelineBatch, event_x: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
-        """Summary tokens (M, K, D) at the batch's borders, and each lane's memory after the batch."""
         if self.summarizer is None:
-            return event_x.new_zeros(len(batch.borders.row), 0, self.config.width), ()
+            tokens = event_x.new_zeros(len(batch.borders.row), 0, self.config.width)
+            return Prepared(tokens, self.ranker.prepare(tokens, event_x)), ()
         if self.config.scope == "full":
-            return self._full_summaries(batch, event_x), ()
+            tokens = self._full_summaries(batch, event_x)
+            return Prepared(tokens, self.ranker.prepare(tokens, event_x)), ()
         order = SegmentOrder.of(batch.num_segments)
-        after, last = self.summarizer.fold(event_x[batch.segment.clamp(min=0)], batch.segment >= 0, order, memory)
+        segments = self.summarizer.segments_of(batch.events, event_x, batch.segment)
+        after, last = self.summarizer.fold(segments, order, memory)
         row = batch.borders.row
         at_border = _map(lambda before, later: torch.cat([before, later])[row], memory, after)
-        return self.summarizer.read_memory(at_border, batch.borders.progress), last
+        tokens = self.summarizer.read_memory(at_border, batch.borders.progress)
+        sketch = at_border[-1][0] if self.sketch is not None else ()
+        return Prepared(tokens, self.ranker.prepare(tokens, event_x), sketch), last
 
     def _full_summaries(self, batch: TimelineBatch, event_x: Tensor) -> Tensor:
         """The reference: each border reads its whole history, which the batch's events then begin with."""
@@ -121,6 +130,10 @@ class SequenceModel(Model):
 
     def rank(self, prepared: Prepared, requests: Requests) -> Tensor:
         """Logits (Q, C, T)."""
+        if self.sketch is not None:
+            facts = self.sketch.read(prepared.sketch, requests, self.embedding.items.features)
+            counts = facts if requests.counts is None else torch.cat([requests.counts, facts], -1)
+            requests = replace(requests, counts=counts)
         return self.ranker(prepared.cache, requests, self.embedding.items(requests.candidate))
 
     def embed(self, events: Events) -> Tensor:
@@ -137,11 +150,13 @@ class SequenceModel(Model):
         timestamp_us: Tensor,
         candidate: Tensor,
         context: Tensor | None = None,
+        sketch: Running = (),
     ) -> Tensor:
         """Logits (B, C, T) of B users' candidates, as online ranking computes them.
 
         tokens (B, K, D), recent (B, R), num_known (B,) events known, timestamp_us (B,) of the request, candidate (B,
-        C) item index, context (B, C, X) as prepared data has it, NaN where not given, or None. """  # fmt: skip
+        C) item index, context (B, C, X) as prepared data has it, NaN where not given, or None, sketch (B, ...) where
+        the model has one. """  # fmt: skip
         num_users, size = recent.item.shape
         rows = torch.arange(num_users * size, device=recent.item.device).view(num_users, size)
         if context is None:
@@ -158,7 +173,7 @@ class SequenceModel(Model):
             context=context,
         )
         event_x = self.embedding(*(c.flatten() for c in _columns(recent)))
-        return self.rank(Prepared(tokens, self.ranker.prepare(tokens, event_x)), requests)
+        return self.rank(Prepared(tokens, self.ranker.prepare(tokens, event_x), sketch), requests)
 
     def init_state(self, num_users: int) -> UserState:
         """The state of users without events; without a summarizer, recent events are all of it."""
@@ -174,6 +189,10 @@ class SequenceModel(Model):
             events.item, events.action, events.timestamp_us, events.offsets, state.progress.last_us
         )
         return UserState(state.progress.advance(events), state.recent.push(events), ())
+
+    def init_sketch(self, num_users: int) -> Running:
+        """The sketches (B, ...) of users without events; nothing where the model has none."""
+        return self.sketch.initial(num_users) if self.sketch is not None else ()
 
     def empty_summary(self, num_users: int) -> Tensor:
         """Summary tokens (B, K, D) of users without any event: the answer for those a store does not know."""

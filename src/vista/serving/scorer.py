@@ -20,7 +20,8 @@ import torch
 from vista.checkpoint import Run
 from vista.errors import RecordError, StoreError
 from vista.models.inputs import Recent
-from vista.records import fill_recent
+from vista.models.memory import Running
+from vista.records import fill_recent, fill_sketch
 from vista.store.contract import SummaryStore
 from vista.store.record import Stored, decode_tokens, unpack, user_key
 
@@ -29,12 +30,14 @@ US_PER_S = 1_000_000
 
 @dataclass(frozen=True)
 class UserSummaries:
-    """What the store holds of B users: tokens (B, K, D) float32, recent events (B, R), and how current they are.
+    """What the store holds of B users: tokens (B, K, D) float32, sketches (B, ...) where the model has them, recent
+    events (B, R), and how current they are.
 
     num_events (B,) int64; as_of_us (B,) int64, -1 for a cold start; is_known (B,) bool.
     """
 
     tokens: torch.Tensor
+    sketch: Running
     recent: Recent
     num_events: torch.Tensor
     as_of_us: torch.Tensor
@@ -71,12 +74,16 @@ class Scorer:
         pairs = enumerate(zip(users, blobs, strict=True))
         found = {row: self._unpack(user, blob) for row, (user, blob) in pairs if blob is not None}
         recent = Recent.empty(len(users), self.run.config.model.recent_events)
+        sketch = self.model.init_sketch(len(users))
         num_events, as_of_us = [0] * len(users), [-1] * len(users)
         for row, stored in found.items():
+            if sketch:
+                fill_sketch(sketch, row, stored)
             fill_recent(recent, row, stored)
             num_events[row], as_of_us[row] = stored.num_events, stored.as_of_us
         return UserSummaries(
             self._decode(len(users), found),
+            sketch,
             recent,
             torch.tensor(num_events, dtype=torch.int64),
             torch.tensor(as_of_us, dtype=torch.int64),
@@ -142,6 +149,7 @@ class Scorer:
             torch.full((len(users),), at_us, dtype=torch.int64),
             candidate,
             contexts,
+            summaries.sketch,
         )
         probability = logits.double().sigmoid().numpy()
         is_known_item = candidate.numpy() >= self.run.catalogue.first_item

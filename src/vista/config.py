@@ -58,6 +58,11 @@ class ModelConfig:
         return self.model.endswith("counts")
 
     @property
+    def has_sketch(self) -> bool:
+        """Whether the state holds exact counts beside the memory."""
+        return self.kind == "vista" and self.num_seeds > 0 and self.scope != "full" and self.sketch_slots > 0
+
+    @property
     def raw_events(self) -> int:
         """[R] newest events before a request that the model reads as they are."""
         return {"vista": self.recent_events, "recent": self.recent_events, "counts": 0}.get(

@@ -164,6 +164,7 @@ def test_an_own_log_is_prepared_by_the_protocol_and_judged_in_one_sentence(tmp_p
     ("arguments", "message"),
     [
         (["--models", "vist"], "did you mean 'vista'"),
+        (["--models", "counts+counts"], "has counts twice"),
         (["--worlds", "needel"], "did you mean 'needle'"),
         (["--seeds", "one"], "whole numbers"),
         (["--size", "huge"], "unknown"),
@@ -177,7 +178,7 @@ def test_bad_arguments_are_named_before_anything_is_run(arguments, message, tmp_
 
 
 def test_entries_resolve_at_every_size():
-    for entry in ENTRIES.values():
+    for entry in (*ENTRIES.values(), *choose(["recent+counts", "vista-sketch+counts", "sim-soft+counts"])):
         for size in ("tiny", "small", "base"):
             assert entry.config(size, 3, {}).train.seed == 3
     with pytest.raises(ConfigError, match="there is no entry"):

@@ -39,6 +39,7 @@ from vista.training.loop import train
 DISTRIBUTION = "vista-recsys"
 KEY_DIGITS = 12
 HISTORY_BYTES = 14  # of one event in prepared data: what a model without a summary must have at hand of each
+NO_LIMIT = 2**62
 SIZED_USERS = 8  # the longest histories, of which records are made to see how large they are
 
 
@@ -148,11 +149,14 @@ def _run_cell(data: PreparedData, config: Config, entry: Entry, seed: int, folde
 
 
 def bytes_per_user(run: Run, data: PreparedData) -> int:
-    """The largest tokens record, int8, of some users with long histories; of counts the raw events they count in."""
-    lengths = data.histories.lengths()
-    longest = np.argsort(lengths)[::-1][:SIZED_USERS].copy()
-    if not isinstance(run.model, SequenceModel):
-        window = run.config.model.count_last_events or int(lengths.max())
-        return HISTORY_BYTES * min(window, int(lengths.max()))
-    records = summarize_users(run.model, data.histories, longest, data.user_ids[longest], run.version)
-    return max(len(encode(record, "int8")) for record in records if record.kind == "tokens")
+    """What must be at hand of a user with a long history: raw events, a tokens record (int8), or both."""
+    lengths, model = data.histories.lengths(), run.config.model
+    num_bytes = 0
+    if model.with_counts or not isinstance(run.model, SequenceModel):
+        window = (model.count_last_events or NO_LIMIT) if model.with_counts else model.raw_events
+        num_bytes = HISTORY_BYTES * min(window, int(lengths.max()))
+    if isinstance(run.model, SequenceModel):
+        longest = np.argsort(lengths)[::-1][:SIZED_USERS].copy()
+        records = summarize_users(run.model, data.histories, longest, data.user_ids[longest], run.version)
+        num_bytes += max(len(encode(record, "int8")) for record in records if record.kind == "tokens")
+    return num_bytes

@@ -1,4 +1,7 @@
-"""Which models a benchmark compares, and what they are called."""
+"""Which models a benchmark compares, and what they are called.
+
+Exact counts are of the whole history, so whatever has ``+counts`` behind its name reads all of it.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,8 @@ from typing import Any
 from vista.config import Config, resolve
 from vista.errors import ConfigError, nearest
 
+SKETCH_SLOTS = 1024
+WITH_COUNTS = "+counts"  # behind the name of an entry: its head reads exact counts as well
 COUNTED_EVENTS = (64, 512, 4096)  # what counts cut to the last so many events show: where length stops paying
 
 
@@ -39,6 +44,9 @@ def _all() -> tuple[Entry, ...]:
         Entry("counts", {"model.model": "counts"}),
         Entry("vista"),
         Entry("vista-sum", {"model.memory": "sum"}),
+        Entry("vista-sketch", {"model.sketch_slots": SKETCH_SLOTS}),
+        *(Entry(name, {"model.model": name}) for name in ("mean", "din", "sim", "twin", "sasrec", "hstu")),
+        Entry("sim-soft", {"model.model": "sim", "model.search": "soft"}),
     )
 
 
@@ -47,10 +55,18 @@ DEFAULT_ENTRIES = tuple(ENTRIES)
 
 
 def choose(names: Iterable[str]) -> list[Entry]:
-    """Entries by name. Raises ConfigError for an unknown one."""
-    chosen = []
-    for name in names:
-        if name not in ENTRIES:
-            raise ConfigError(f"--models: there is no entry {name!r}{nearest(name, ENTRIES)}")
-        chosen.append(ENTRIES[name])
-    return chosen
+    """Entries by name, any but ``counts`` with ``+counts`` behind it. Raises ConfigError for an unknown one."""
+    return [_find(name) for name in names]
+
+
+def _find(name: str) -> Entry:
+    plain = name.removesuffix(WITH_COUNTS)
+    entry = ENTRIES.get(plain)
+    if entry is None:
+        raise ConfigError(f"--models: there is no entry {name!r}{nearest(name, ENTRIES)}")
+    if plain == name:
+        return entry
+    model = entry.settings.get("model.model", "vista")
+    if model == "counts":
+        raise ConfigError(f"--models: {name!r} has counts twice; write {plain!r}")
+    return Entry(name, {**entry.settings, "model.model": model + WITH_COUNTS})

@@ -32,7 +32,9 @@ def lifelong(
         str | None,
         typer.Option(help="Synthetic worlds, separated by commas. Default: all, or none where a log is given."),
     ] = None,
-    models: Annotated[str | None, typer.Option(help="Entries, separated by commas; default: all.")] = None,
+    models: Annotated[
+        str | None, typer.Option(help="Entries, separated by commas, as in counts,vista,din+counts; default: all.")
+    ] = None,
     seeds: Annotated[str, typer.Option(help="Seeds, separated by commas.")] = "0,1,2",
     size: Annotated[str, typer.Option(help="tiny, small or base: one dial for all widths.")] = "tiny",
     max_steps: Annotated[int, typer.Option(help="Optimizer steps of each run at most.")] = 2000,

@@ -163,8 +163,9 @@ class Summarizer(nn.Module):
         nn.init.normal_(self.size.weight, std=SEED_SCALE)
         nn.init.zeros_(self.size.bias)
         items = embedding.items
-        has_sketch = config.sketch_slots > 0 and config.scope != "full"
-        self.sketch = Sketch(config.sketch_slots, len(items.embedding_row), items.feature_sizes) if has_sketch else None
+        self.sketch = None
+        if config.has_sketch:
+            self.sketch = Sketch(config.sketch_slots, len(items.embedding_row), items.feature_sizes)
         last = config.num_layers - 1
         self.layers = nn.ModuleList(SummarizerLayer(config, is_last=i == last) for i in range(config.num_layers))
 

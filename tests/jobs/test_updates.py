@@ -71,6 +71,7 @@ def make_run(memory: str = "slots", attention: str = "qla", **changes: object) -
 
 
 RUNS = {kind: make_run(*kind) for kind in [("sum", "qla"), ("slots", "qla"), ("slots", "softmax")]}
+RUNS["sketch",] = make_run(sketch_slots=9)
 RUN = RUNS["slots", "qla"]
 
 
@@ -145,6 +146,9 @@ def check_equal_to_batch(run: Run, store: Any, log: Log) -> None:
             assert int(getattr(found.progress, name)) == int(getattr(expected.progress, name)), (user, name)
         for name in ("item", "action", "timestamp_us", "gap_us"):
             assert torch.equal(getattr(found.recent, name), getattr(expected.recent, name)), (user, name)
+        if model.sketch is not None:
+            for mine, theirs in zip(found.memory[-1][0], expected.memory[-1][0], strict=True):
+                assert torch.equal(mine, theirs), user
         for include_open in (True, False):
             tokens = (model.summarizer.read(state, include_open) for state in (found, expected))
             torch.testing.assert_close(*tokens, **TOLERANCE)

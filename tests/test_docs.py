@@ -21,7 +21,10 @@ from vista.config import MODELS, ModelConfig
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 COMMANDS = dict(commands(typer.main.get_command(app), "vista"))
-SHORTER = {"train": ["--max-steps", "3"]}  # what README's commands get here so that they end soon
+SHORTER = {  # what README's commands get here so that they end soon
+    "train": ["--max-steps", "3"],
+    "benchmark": ["--models", "recent,counts", "--seeds", "0", "--max-steps", "3"],
+}
 
 
 def blocks(path: Path, language: str) -> list[str]:
@@ -201,7 +204,7 @@ def test_readme_runs(own_log: Path) -> None:
             result = CliRunner().invoke(app, words[1:] + SHORTER.get(words[1], []))
             assert result.exit_code == 0, f"{' '.join(words)}: {result.output} {result.exception!r}"
             ran.append(words[1])
-    assert ran == ["prepare", "train", "evaluate", "summarize", "rank"]
+    assert ran == ["prepare", "train", "evaluate", "summarize", "rank", "benchmark"]
     (example,) = blocks(readme, "python")
     result = subprocess.run([sys.executable, "-c", example], capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 0, result.stderr

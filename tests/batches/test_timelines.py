@@ -156,7 +156,7 @@ class _Both(torch.nn.Module):
     def __init__(self, full, segment, border):
         super().__init__()
         self.full, self.segment, self.border = full, segment, border
-        self.embedding = full.embedding
+        self.embedding, self.sketch = full.embedding, full.sketch
 
     def init_state(self, n):
         return self.full.init_state(n), self.segment.init_state(n)

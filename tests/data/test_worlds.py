@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from vista.cli.data import app
 from vista.data.worlds import WORLDS, WorldOptions, make_world, write_world
-from vista.data.worlds.base import Counter, Log, Requests, draw_distinct
+from vista.data.worlds.base import ACTIONS, Counter, Log, Requests, draw_distinct
 from vista.data.worlds.best import cell_means, expected
 from vista.data.worlds.write import draw_user
 from vista.errors import ConfigError, StaleOutput
@@ -180,8 +180,8 @@ def test_a_changed_future_changes_no_earlier_score(name: str) -> None:
             requests = Requests(part.requests.num_known[past], part.requests.item[past])
             rng = np.random.default_rng(place)
             item = np.append(part.log.item[:place], rng.integers(world.items, size=300 - place))
-            is_like = np.append(part.log.is_like[:place], np.ones(300 - place, bool))
-            changed = world.best_score(Log(item, world.category_of(item), is_like), requests)
+            action = np.append(part.log.action[:place], rng.integers(1, len(ACTIONS), size=300 - place))
+            changed = world.best_score(Log(item, world.category_of(item), action), requests)
             assert np.array_equal(changed, part.best_score[past])
 
 
@@ -241,9 +241,9 @@ def test_what_a_short_memory_sees_ignores_older_events(name: str) -> None:
         seen = world.statistics(part.log, one, last_events=50)
         item = part.log.item.copy()
         item[: max(known - 50, 0)] = (item[: max(known - 50, 0)] + 1) % world.items
-        is_like = part.log.is_like.copy()
-        is_like[: max(known - 50, 0)] ^= True
-        for fact, values in world.statistics(Log(item, world.category_of(item), is_like), one, last_events=50).items():
+        action = part.log.action.copy()
+        action[: max(known - 50, 0)] = (action[: max(known - 50, 0)] + 1) % len(ACTIONS)
+        for fact, values in world.statistics(Log(item, world.category_of(item), action), one, last_events=50).items():
             assert np.array_equal(values, seen[fact]), fact
 
 

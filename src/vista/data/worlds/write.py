@@ -1,7 +1,7 @@
 """From a world's name to a folder of tables that ``vista prepare`` reads.
 
     OUT/
-      events.parquet        user_id, item_id, timestamp (epoch seconds), action ("view" or "like")
+      events.parquet        user_id, item_id, timestamp (epoch seconds), action ("view", "like" or "dislike")
       items.parquet         item_id, category
       impressions.parquet   user_id, item_id, timestamp, click (0 or 1), best_score: the true P(click | history)
       details.parquet       per impression, in the same order: user_id, item_id, timestamp, recent_only_score, and what
@@ -172,7 +172,7 @@ def _groups(world: World) -> Iterator[tuple[pa.Table, list[dict[str, np.ndarray]
 
 
 def _event_table(user: int, part: UserPart) -> pa.Table:
-    action = pa.DictionaryArray.from_arrays(part.log.is_like.astype(np.int8), list(ACTIONS)).cast(pa.string())
+    action = pa.DictionaryArray.from_arrays(part.log.action.astype(np.int8), list(ACTIONS)).cast(pa.string())
     columns = [np.full(len(part.event_s), user), part.log.item, part.event_s, action]
     return pa.table(dict(zip(EVENTS_SCHEMA.names, columns, strict=True)), schema=EVENTS_SCHEMA)
 

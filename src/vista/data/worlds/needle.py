@@ -30,7 +30,7 @@ TASTE_SPREAD = 1.0  # standard deviation of the log of a user's taste for a comm
 class RareCategories(World):
     """Opinions on rare categories, which are never viewed, in a history of views of common ones."""
 
-    rare_categories: int = 24  # the last ones; only they are liked and shown
+    rare_categories: int = 24  # the last ones; all opinions and candidates are of these
 
     @property
     def first_rare(self) -> int:

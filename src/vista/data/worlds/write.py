@@ -26,15 +26,20 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 from vista.data.output import new_folder
 from vista.data.worlds.base import ACTIONS, Log, Requests, World, draw_times
 from vista.data.worlds.best import cell_means, expected
+from vista.data.worlds.counting import Counting
+from vista.data.worlds.dislike import Dislike
 from vista.data.worlds.membership import Membership
 from vista.data.worlds.needle import Needle, Repetition
+from vista.data.worlds.periodic import Periodic
 from vista.data.worlds.taste import Drift, Lifelong
 from vista.errors import ConfigError, nearest
 from vista.progress import Progress
 
 FORMAT_VERSION = 1  # of world.json
 TASK = "click"
-WORLDS: dict[str, type[World]] = {w.name: w for w in (Lifelong, Needle, Repetition, Membership, Drift)}
+WORLDS: dict[str, type[World]] = {
+    w.name: w for w in (Lifelong, Needle, Repetition, Membership, Drift, Counting, Periodic, Dislike)
+}
 ROWS_AT_ONCE = 1_000_000  # events are written in groups of at least so many
 NUM_MOMENTS = 8  # parts of the timeline that a model which knows the time of a request can tell apart
 

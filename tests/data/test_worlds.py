@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from vista.cli.data import app
 from vista.data.worlds import WORLDS, WorldOptions, make_world, write_world
-from vista.data.worlds.base import Counter, Log, Requests, draw_distinct
+from vista.data.worlds.base import ACTIONS, Counter, Log, Requests, draw_distinct
 from vista.data.worlds.best import cell_means, expected
 from vista.data.worlds.write import draw_user
 from vista.errors import ConfigError, StaleOutput
@@ -29,7 +29,13 @@ SMALL: dict[str, dict[str, Any]] = {
     "membership of categories": {"by_category": True, "touched": 8, "zipf": 2.0, "recent_events": 16},
     "drift": {"phase_events": 40},
     "lifelong": {"phase_events": 40, "likes": 8},
-}
+    "counting": {"touched": 40, "recent_events": 64},
+    "counting of categories": {"by_category": True, "touched": 30, "recent_events": 64},
+    "periodic": {"returning": 12, "min_period": 20, "max_period": 60, "recent_events": 64},
+    "periodic of categories": {"by_category": True, "returning": 8, "min_period": 20, "max_period": 60,
+                               "recent_events": 64},
+    "dislike": {"opinions": 60, "recent_events": 64},
+}  # fmt: skip
 CASES = sorted(SMALL)  # a world's name, perhaps followed by what is special about the case
 NAMES = sorted({case.split()[0] for case in CASES})
 Events = list[tuple[int, int, int, str]]  # time, item, category, action of one user, oldest first
@@ -96,9 +102,28 @@ def lifelong_score(before: Events, item: int, category: int, p: dict[str, Any]) 
     return 1 / (1 + math.exp(-drift_logit(before, category, p) - p["like_weight"] * is_liked))
 
 
+def counting_score(before: Events, item: int, category: int, p: dict[str, Any]) -> float:
+    count = sum(c == category if p["by_category"] else i == item for _, i, c, _ in before)
+    return 1 / (1 + math.exp(-p["bias"] - p["weight"] * math.log2(1 + count)))
+
+
+def periodic_score(before: Events, item: int, category: int, p: dict[str, Any]) -> float:
+    places = [n for n, (_, i, c, _) in enumerate(before) if (c == category if p["by_category"] else i == item)]
+    if len(places) < 2:
+        return p["p_miss"]
+    gap, age = places[-1] - places[-2], len(before) - places[-1]
+    return p["p_hit"] if abs(age - gap) <= p["tolerance"] * gap else p["p_miss"]
+
+
+def dislike_score(before: Events, item: int, category: int, p: dict[str, Any]) -> float:
+    opinions = [a for _, _, c, a in before if c == category and a != "view"]
+    return p["p_hit"] if opinions[-1:] == ["like"] else p["p_miss"]
+
+
 FORMULAS: dict[str, Callable[[Events, int, int, dict[str, Any]], float]] = {
     "needle": needle_score, "repetition": needle_score, "membership": membership_score,
     "drift": drift_score, "lifelong": lifelong_score,
+    "counting": counting_score, "periodic": periodic_score, "dislike": dislike_score,
 }  # fmt: skip
 
 
@@ -180,8 +205,8 @@ def test_a_changed_future_changes_no_earlier_score(name: str) -> None:
             requests = Requests(part.requests.num_known[past], part.requests.item[past])
             rng = np.random.default_rng(place)
             item = np.append(part.log.item[:place], rng.integers(world.items, size=300 - place))
-            is_like = np.append(part.log.is_like[:place], np.ones(300 - place, bool))
-            changed = world.best_score(Log(item, world.category_of(item), is_like), requests)
+            action = np.append(part.log.action[:place], rng.integers(1, len(ACTIONS), size=300 - place))
+            changed = world.best_score(Log(item, world.category_of(item), action), requests)
             assert np.array_equal(changed, part.best_score[past])
 
 
@@ -241,9 +266,9 @@ def test_what_a_short_memory_sees_ignores_older_events(name: str) -> None:
         seen = world.statistics(part.log, one, last_events=50)
         item = part.log.item.copy()
         item[: max(known - 50, 0)] = (item[: max(known - 50, 0)] + 1) % world.items
-        is_like = part.log.is_like.copy()
-        is_like[: max(known - 50, 0)] ^= True
-        for fact, values in world.statistics(Log(item, world.category_of(item), is_like), one, last_events=50).items():
+        action = part.log.action.copy()
+        action[: max(known - 50, 0)] = (action[: max(known - 50, 0)] + 1) % len(ACTIONS)
+        for fact, values in world.statistics(Log(item, world.category_of(item), action), one, last_events=50).items():
             assert np.array_equal(values, seen[fact]), fact
 
 
@@ -318,6 +343,84 @@ def test_membership_touches_so_many_items_and_says_which_are_rare(tmp_path: Path
     assert 0.4 < rare < 0.6
 
 
+def test_counting_asks_about_small_and_large_counts(tmp_path: Path) -> None:
+    write_world("counting", tmp_path / "w", WorldOptions(users=20))
+    tables = Tables.read(tmp_path / "w")
+    per_octave = np.histogram(tables.details["touches"].to_numpy(), [1, 2, 4, 8, 16, 32])[0]
+    assert per_octave.min() > 0.1 * len(tables.details)
+    is_untouched = tables.details["touches"] == 0
+    assert is_untouched.mean() == pytest.approx(0.1, abs=0.03)
+    assert ((tables.details["age_events"] == -1) == is_untouched).all()
+
+
+def test_a_memory_that_only_recognises_falls_short_of_one_that_counts(tmp_path: Path) -> None:
+    described = write_world("counting", tmp_path / "w", WorldOptions(users=20))
+    tables = Tables.read(tmp_path / "w")
+    truth, touches = tables.impressions["best_score"].to_numpy(), tables.details["touches"].to_numpy()
+    assert expected(truth, cell_means(truth, touches > 0))["ne"] > described["tasks"]["click"]["best"]["ne"] + 0.3
+
+
+def test_periodic_things_return_after_their_period_until_they_stop() -> None:
+    settings = {"returning": 10, "min_period": 50, "max_period": 100, "jitter": 0.1, "stop_share": 0.5}
+    world = make_world("periodic", WorldOptions(events=2_000, items=10_000, settings=settings))
+    num_stopped = num_returning = 0
+    for user in range(5):
+        item = draw_user(world, user).log.item
+        for thing in np.unique(item):
+            places = np.flatnonzero(item == thing)
+            if len(places) < 8:  # of those that happen to come at all, and those that stop at once
+                continue
+            gaps = np.diff(places)
+            assert gaps.max() / gaps.min() < 1.1 / 0.9 * 1.1  # its own jitter, and that of its place in between
+            num_returning += 1
+            num_stopped += 2_000 - places[-1] > 200
+    assert 25 < num_returning < 50
+    assert 5 < num_stopped < num_returning - 20
+
+
+def test_periodic_details_are_the_last_two_distances(tmp_path: Path) -> None:
+    write_world("periodic", tmp_path / "w", small("periodic"))
+    tables = Tables.read(tmp_path / "w")
+    outcomes = set()
+    for user in range(6):
+        history = tables.history(user)
+        for row in tables.details.filter(pl.col("user_id") == user).iter_rows(named=True):
+            items = [item for time, item, _, _ in history if time < row["timestamp"]]
+            places = [n for n, item in enumerate(items) if item == row["item_id"]]
+            assert row["age_events"] == (len(items) - places[-1] if places else -1)
+            assert row["gap_events"] == (places[-1] - places[-2] if places[1:] else -1)
+            late = row["age_events"] / row["gap_events"]
+            outcomes.add("none" if not places[1:] else "early" if late < 0.8 else "overdue" if late > 1.2 else "due")
+    assert outcomes == {"none", "early", "due", "overdue"}
+
+
+def test_dislikes_take_back_likes_and_likes_dislikes(tmp_path: Path) -> None:
+    write_world("dislike", tmp_path / "w", WorldOptions(users=40))
+    tables = Tables.read(tmp_path / "w")
+    assert set(tables.events["action"]) == {"view", "like", "dislike"}
+    both = tables.details.with_columns(tables.impressions["best_score"])
+    ever_liked, ever_disliked = pl.col("likes") > 0, pl.col("dislikes") > 0
+    assert both.filter(~ever_liked)["best_score"].unique().to_list() == [0.1]
+    assert both.filter(ever_liked & ~ever_disliked)["best_score"].unique().to_list() == [0.9]
+    mixed = both.filter(ever_liked & ever_disliked)
+    assert 0.2 < (mixed["best_score"] == 0.1).mean() < 0.8
+    assert len(mixed) > 0.4 * len(both)
+    assert (mixed["age_events"] > 500).sum() > 100
+    assert ((both["age_events"] == -1) == (both["likes"] + both["dislikes"] == 0)).all()
+
+
+@pytest.mark.parametrize("flip", [0.0, 1.0])
+def test_opinions_flip_as_often_as_asked(flip: float) -> None:
+    world = make_world("dislike", WorldOptions(settings={"flip": flip}))
+    log = draw_user(world, 0).log
+    num_pairs = 0
+    for category in range(26, 50):
+        opinions = log.action[(log.category == category) & (log.action > 0)]
+        assert ((np.diff(opinions) != 0) == bool(flip)).all()
+        num_pairs += max(len(opinions) - 1, 0)
+    assert num_pairs > 20
+
+
 def test_a_million_events_of_one_user() -> None:
     world = make_world("needle", WorldOptions(users=1, events=1_000_000, requests=32))
     part = draw_user(world, 0)
@@ -379,6 +482,16 @@ def test_cells_agree_in_every_fact() -> None:
         ("lifelong", WorldOptions(categories=10), "rare_categories 16 must lie between 1 and"),
         ("membership", WorldOptions(items=20), "touched 48 must lie between 1 and"),
         ("drift", WorldOptions(settings={"focus": 2}), "focus 2.0 is no share"),
+        ("counting", WorldOptions(settings={"by_category": True}), "touched 128 must lie between 1 and categories"),
+        ("counting", WorldOptions(settings={"most_often": 0.5}), "most_often 0.5 must be at least 1"),
+        ("counting", WorldOptions(settings={"untouched_share": 1}), "untouched_share 1.0 must lie between 0 and 1"),
+        ("periodic", WorldOptions(settings={"min_period": 16}), "min_period 16 is too short for returning .24. things"),
+        ("periodic", WorldOptions(settings={"min_period": 600}), "min_period 600 must lie between 1 and max_period"),
+        ("periodic", WorldOptions(settings={"tolerance": 1}), "tolerance 1.0 must be at least 0 and below 1"),
+        ("periodic", WorldOptions(settings={"stop_share": 2}), "stop_share 2.0 is no share"),
+        ("dislike", WorldOptions(settings={"opinions": 3000}), "opinions 3000 must lie between 1 and events"),
+        ("dislike", WorldOptions(settings={"flip": -1}), "flip -1.0 is no probability"),
+        ("dislike", WorldOptions(candidates=30), "candidates 30 must be at most rare_categories"),
     ],
 )  # fmt: skip
 def test_settings_that_cannot_be(name: str, options: WorldOptions, message: str, tmp_path: Path) -> None:

@@ -20,7 +20,12 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object inst
 
 @app.command()
 def synth(
-    world: Annotated[str, typer.Argument(help="lifelong, needle, repetition, membership or drift (docs/worlds.md).")],
+    world: Annotated[
+        str,
+        typer.Argument(
+            help="lifelong, needle, repetition, membership, drift, counting, periodic or dislike (docs/worlds.md)."
+        ),
+    ],
     out: Out,
     users: Annotated[int | None, typer.Option(help="Users in all.")] = None,
     events: Annotated[int | None, typer.Option(help="Events of each user.")] = None,

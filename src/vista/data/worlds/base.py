@@ -18,7 +18,8 @@ import numpy as np
 
 from vista.errors import ConfigError
 
-ACTIONS = ("view", "like")  # of the events; `Log.is_like` is an index into it
+ACTIONS = ("view", "like", "dislike")  # of the events; `Log.action` is an index into it
+VIEW, LIKE, DISLIKE = range(len(ACTIONS))
 START_S = 1_577_836_800  # 2020-01-01 UTC
 SECONDS_PER_DAY = 86_400
 LEAST_GAP_S = 2  # between events of a user, so that a request fits between any two
@@ -32,11 +33,21 @@ Statistics = dict[str, np.ndarray]  # name -> (Q, C) whole numbers
 
 @dataclass(frozen=True)
 class Log:
-    """One user's events in time order: item and category (N,) int64, is_like (N,) bool."""
+    """One user's events in time order: item, category and action, an index into ACTIONS; (N,) int64 each."""
 
     item: np.ndarray
     category: np.ndarray
-    is_like: np.ndarray
+    action: np.ndarray
+
+    @classmethod
+    def of_views(cls, item: np.ndarray, category: np.ndarray) -> Log:
+        """Nothing but views."""
+        return cls(item, category, np.full(len(item), VIEW))
+
+    @property
+    def is_like(self) -> np.ndarray:
+        """(N,) bool."""
+        return self.action == LIKE
 
 
 @dataclass(frozen=True)
@@ -188,6 +199,12 @@ def draw_distinct(rng: np.random.Generator, weight: np.ndarray, count: int) -> n
         key = np.log(weight) + rng.gumbel(size=weight.shape)
     chosen = np.argpartition(-key, count - 1, axis=1)[:, :count]
     return rng.permuted(chosen, axis=1)
+
+
+def sigmoid(logit: np.ndarray) -> np.ndarray:
+    """1 / (1 + exp(-logit)), exact at both ends."""
+    small = np.exp(-np.abs(logit))
+    return np.where(logit >= 0, 1.0, small) / (1 + small)
 
 
 def share_out(groups: list[tuple[np.ndarray, float]]) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The world of set membership: was this item, or one of its category, ever in the history?
+"""Worlds of things, items or categories: ``membership``, was this one ever in the history?
 
 Shape letters: N events, Q requests, C candidates, U things a user touches.
 """
@@ -14,33 +14,10 @@ from vista.data.worlds.base import Counter, Log, Requests, Statistics, World, dr
 
 
 @dataclass(frozen=True, kw_only=True)
-class Membership(World):
-    """Each user touches a few things again and again, some much oftener than others; a click says: touched before.
+class ThingWorld(World):
+    """The question is about things: items or, with ``by_category``, categories, of which any item may come."""
 
-    A thing is an item or, with ``by_category``, a category, of which any item may come. A user keeps to the same
-    things, so the answer does not depend on how long the history is.
-    """
-
-    name: ClassVar[str] = "membership"
-    formula: ClassVar[str] = (
-        "p_hit if the candidate (by_category: its category) occurs in the history before the request, else p_miss"
-    )
-
-    items: int = 512
-    categories: int = 16
     by_category: bool = False
-    touched: int = 48  # different things of a user
-    zipf: float = 1.0  # the thing of rank r is touched in proportion to r^-zipf
-    p_hit: float = 1.0
-    p_miss: float = 0.0
-
-    def check(self) -> None:
-        most = self._num_things - self.candidates
-        things = "categories" if self.by_category else "items"
-        self.require(1 <= self.touched <= most, "touched", f"must lie between 1 and {things} - candidates ({most})")
-        self.require(self.zipf >= 0, "zipf", "must not be negative")
-        for name in ("p_hit", "p_miss"):
-            self.require(0 <= getattr(self, name) <= 1, name, "is no probability")
 
     @property
     def _num_things(self) -> int:
@@ -52,12 +29,45 @@ class Membership(World):
     def _item_of(self, rng: np.random.Generator, thing: np.ndarray) -> np.ndarray:
         return self.pick_items(rng, thing) if self.by_category else thing
 
+    def _require_some(self, setting: str) -> None:
+        """Refuse a number of the user's things that is none, or leaves too few others to be shown."""
+        most = self._num_things - self.candidates
+        things = "categories" if self.by_category else "items"
+        is_fine = 1 <= getattr(self, setting) <= most
+        self.require(is_fine, setting, f"must lie between 1 and {things} - candidates ({most})")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Membership(ThingWorld):
+    """Each user touches a few things again and again, some much oftener than others; a click says: touched before.
+
+    A user keeps to the same things, so the answer does not depend on how long the history is.
+    """
+
+    name: ClassVar[str] = "membership"
+    formula: ClassVar[str] = (
+        "p_hit if the candidate (by_category: its category) occurs in the history before the request, else p_miss"
+    )
+
+    items: int = 512
+    categories: int = 16
+    touched: int = 48  # different things of a user
+    zipf: float = 1.0  # the thing of rank r is touched in proportion to r^-zipf
+    p_hit: float = 1.0
+    p_miss: float = 0.0
+
+    def check(self) -> None:
+        self._require_some("touched")
+        self.require(self.zipf >= 0, "zipf", "must not be negative")
+        for name in ("p_hit", "p_miss"):
+            self.require(0 <= getattr(self, name) <= 1, name, "is no probability")
+
     def draw(self, rng: np.random.Generator) -> tuple[Log, Requests]:
         own = rng.permutation(self._num_things)[: self.touched]
         weight = np.cumsum(np.arange(1, self.touched + 1) ** -self.zipf)
         thing = own[np.searchsorted(weight, rng.random(self.events) * weight[-1], side="right")]
         item = self._item_of(rng, thing)
-        log = Log(item, self.category_of(item), np.zeros(self.events, bool))
+        log = Log.of_views(item, self.category_of(item))
         num_known = 1 + np.sort(rng.choice(self.events - 1, self.requests, replace=False))
         is_touched = Counter.of(thing).before(np.arange(self._num_things), num_known[:, None]) > 0
         candidates = draw_distinct(rng, share_out([(is_touched, 0.5), (~is_touched, 0.5)]), self.candidates)

@@ -10,13 +10,47 @@ from typing import ClassVar
 
 import numpy as np
 
-from vista.data.worlds.base import NEVER, Counter, Log, Requests, Statistics, World, draw_distinct, window_start
+from vista.data.worlds.base import (
+    LIKE,
+    NEVER,
+    VIEW,
+    Counter,
+    Log,
+    Requests,
+    Statistics,
+    World,
+    draw_distinct,
+    window_start,
+)  # fmt: skip
 
 TASTE_SPREAD = 1.0  # standard deviation of the log of a user's taste for a common category
 
 
 @dataclass(frozen=True, kw_only=True)
-class Needle(World):
+class RareCategories(World):
+    """Opinions on rare categories, which are never viewed, in a history of views of common ones."""
+
+    rare_categories: int = 24  # the last ones; all opinions and candidates are of these
+
+    @property
+    def first_rare(self) -> int:
+        """The first rare category; the number of common ones."""
+        return self.categories - self.rare_categories
+
+    def check(self) -> None:
+        self.require(0 < self.rare_categories < self.categories, "rare_categories",
+                     f"must lie between 1 and categories - 1 ({self.categories - 1})")  # fmt: skip
+        self.require(self.items >= 2 * self.categories, "items", f"must be at least 2 x categories ({self.categories})")
+
+    def _background(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Items and categories of the views, (N,) each."""
+        taste = np.cumsum(rng.lognormal(0.0, TASTE_SPREAD, self.first_rare))
+        category = np.searchsorted(taste, rng.random(self.events) * taste[-1], side="right")
+        return self.pick_items(rng, category), category
+
+
+@dataclass(frozen=True, kw_only=True)
+class Needle(RareCategories):
     """A candidate of a rare category is clicked with p_hit if the user ever liked that category, else with p_miss.
 
     Everything else in the history is views of common categories. Each like is asked about at some ages (events from the
@@ -28,7 +62,6 @@ class Needle(World):
     formula: ClassVar[str] = "p_hit if the user liked the candidate's category before the request, else p_miss"
 
     candidates: int = 4
-    rare_categories: int = 24  # the last ones; only they are liked and shown
     likes: int = 8  # per user, each of another rare category
     min_age: int = 100  # events from a like to the first request about it, at least
     ages: tuple[int, ...] = ()  # only these ages, and no like of another age is asked about on purpose
@@ -38,12 +71,10 @@ class Needle(World):
 
     def check(self) -> None:
         self.require(self.candidates >= 2, "candidates", "must be at least 2: a hit and a miss")
-        self.require(0 < self.rare_categories < self.categories, "rare_categories",
-                     f"must lie between 1 and categories - 1 ({self.categories - 1})")  # fmt: skip
+        super().check()
         most = self.rare_categories - self.candidates
         self.require(1 <= self.likes <= most, "likes", f"must lie between 1 and rare_categories - candidates ({most})")
         self.require(self.likes <= self.requests, "likes", f"must not be more than requests ({self.requests})")
-        self.require(self.items >= 2 * self.categories, "items", f"must be at least 2 x categories ({self.categories})")
         oldest = self.events - 1
         for name in ("ages",) if self.ages else ("min_age",):
             values = np.atleast_1d(getattr(self, name))
@@ -56,19 +87,12 @@ class Needle(World):
     def draw(self, rng: np.random.Generator) -> tuple[Log, Requests]:
         item, category = self._background(rng)
         like_at, num_known = self._moments(rng)
-        is_like = np.zeros(self.events, bool)
-        is_like[like_at] = True
-        first_rare = self.categories - self.rare_categories
-        category[like_at] = first_rare + rng.permutation(self.rare_categories)[: len(like_at)]
+        action = np.full(self.events, VIEW)
+        action[like_at] = LIKE
+        category[like_at] = self.first_rare + rng.permutation(self.rare_categories)[: len(like_at)]
         item[like_at] = self.pick_items(rng, category[like_at])
-        log = Log(item, category, is_like)
+        log = Log(item, category, action)
         return log, Requests(num_known, self._candidates(rng, log, num_known))
-
-    def _background(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Items and categories of the views, (N,) each."""
-        taste = np.cumsum(rng.lognormal(0.0, TASTE_SPREAD, self.categories - self.rare_categories))
-        category = np.searchsorted(taste, rng.random(self.events) * taste[-1], side="right")
-        return self.pick_items(rng, category), category
 
     def _moments(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Places of the likes, (at most L,), and of the requests, (at most Q,): in 1 .. N - 1, ascending."""
@@ -91,7 +115,7 @@ class Needle(World):
 
     def _candidates(self, rng: np.random.Generator, log: Log, num_known: np.ndarray) -> np.ndarray:
         """Items, (Q, C), of different rare categories; half of them liked before, as far as there are so many."""
-        first_rare = self.categories - self.rare_categories
+        first_rare = self.first_rare
         like_at = np.full(self.rare_categories, len(log.item))
         liked_item = np.full(self.rare_categories, NEVER)
         places = np.flatnonzero(log.is_like)
@@ -138,5 +162,5 @@ class Repetition(Needle):
     name: ClassVar[str] = "repetition"
 
     def _background(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        category = rng.integers(self.categories - self.rare_categories, size=1)
+        category = rng.integers(self.first_rare, size=1)
         return np.repeat(self.pick_items(rng, category), self.events), np.repeat(category, self.events)

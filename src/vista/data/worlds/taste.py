@@ -15,6 +15,7 @@ from typing import ClassVar
 import numpy as np
 
 from vista.data.worlds.base import (
+    LIKE,
     NEVER,
     Counter,
     Log,
@@ -23,6 +24,7 @@ from vista.data.worlds.base import (
     World,
     draw_distinct,
     share_out,
+    sigmoid,
     window_start,
 )  # fmt: skip
 
@@ -90,7 +92,7 @@ class Drift(World):
         current = rng.choice(others, num_phases)[phase]
         category = np.where(is_home, rng.choice(favourites, self.events), current)
         category = np.where(rng.random(self.events) < self.focus, category, rng.choice(others, self.events))
-        return Log(self.pick_items(rng, category), category, np.zeros(self.events, bool))
+        return Log.of_views(self.pick_items(rng, category), category)
 
     def _add_likes(self, rng: np.random.Generator, log: Log) -> Log:
         return log
@@ -173,12 +175,11 @@ class Lifelong(Drift):
     def _add_likes(self, rng: np.random.Generator, log: Log) -> Log:
         """Turn events all over the history into likes."""
         places = np.sort(rng.choice(self.events, min(self.likes, self.events), replace=False))
-        is_like = np.zeros(self.events, bool)
-        is_like[places] = True
-        category, item = log.category.copy(), log.item.copy()
+        item, category, action = log.item.copy(), log.category.copy(), log.action.copy()
+        action[places] = LIKE
         category[places] = self.num_common + rng.permutation(self.rare_categories)[: len(places)]
         item[places] = self.pick_items(rng, category[places])
-        return Log(item, category, is_like)
+        return Log(item, category, action)
 
     def _groups(self, log: Log, num_known: np.ndarray) -> list[tuple[np.ndarray, float]]:
         every = np.arange(self.categories)
@@ -203,9 +204,3 @@ class Lifelong(Drift):
         category = self.category_of(requests.item)
         age = Counter.of(log.category, log.is_like).age(category, requests.num_known[:, None])
         return super().details(log, requests) | {"age_events": age}
-
-
-def sigmoid(logit: np.ndarray) -> np.ndarray:
-    """1 / (1 + exp(-logit)), exact at both ends."""
-    small = np.exp(-np.abs(logit))
-    return np.where(logit >= 0, 1.0, small) / (1 + small)

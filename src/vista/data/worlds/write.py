@@ -1,7 +1,7 @@
 """From a world's name to a folder of tables that ``vista prepare`` reads.
 
     OUT/
-      events.parquet        user_id, item_id, timestamp (epoch seconds), action ("view" or "like")
+      events.parquet        user_id, item_id, timestamp (epoch seconds), action ("view", "like" or "dislike")
       items.parquet         item_id, category
       impressions.parquet   user_id, item_id, timestamp, click (0 or 1), best_score: the true P(click | history)
       details.parquet       per impression, in the same order: user_id, item_id, timestamp, recent_only_score, and what
@@ -26,15 +26,20 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 from vista.data.output import new_folder
 from vista.data.worlds.base import ACTIONS, Log, Requests, World, draw_times
 from vista.data.worlds.best import cell_means, expected
+from vista.data.worlds.counting import Counting
+from vista.data.worlds.dislike import Dislike
 from vista.data.worlds.membership import Membership
 from vista.data.worlds.needle import Needle, Repetition
+from vista.data.worlds.periodic import Periodic
 from vista.data.worlds.taste import Drift, Lifelong
 from vista.errors import ConfigError, nearest
 from vista.progress import Progress
 
 FORMAT_VERSION = 1  # of world.json
 TASK = "click"
-WORLDS: dict[str, type[World]] = {w.name: w for w in (Lifelong, Needle, Repetition, Membership, Drift)}
+WORLDS: dict[str, type[World]] = {
+    w.name: w for w in (Lifelong, Needle, Repetition, Membership, Drift, Counting, Periodic, Dislike)
+}
 ROWS_AT_ONCE = 1_000_000  # events are written in groups of at least so many
 NUM_MOMENTS = 8  # parts of the timeline that a model which knows the time of a request can tell apart
 
@@ -172,7 +177,7 @@ def _groups(world: World) -> Iterator[tuple[pa.Table, list[dict[str, np.ndarray]
 
 
 def _event_table(user: int, part: UserPart) -> pa.Table:
-    action = pa.DictionaryArray.from_arrays(part.log.is_like.astype(np.int8), list(ACTIONS)).cast(pa.string())
+    action = pa.DictionaryArray.from_arrays(part.log.action.astype(np.int8), list(ACTIONS)).cast(pa.string())
     columns = [np.full(len(part.event_s), user), part.log.item, part.event_s, action]
     return pa.table(dict(zip(EVENTS_SCHEMA.names, columns, strict=True)), schema=EVENTS_SCHEMA)
 

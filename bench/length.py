@@ -34,8 +34,10 @@ TASK = "click"
 TEST_SHARE = 0.2
 
 
-def make_data(folder: Path, events: int, arguments: argparse.Namespace, run: Run | None) -> tuple[PreparedData, float]:
-    """The world at one length, prepared for ``run`` or anew, and its best possible NE."""
+def make_data(
+    folder: Path, events: int, arguments: argparse.Namespace, run: Run | None
+) -> tuple[PreparedData, dict[str, float]]:
+    """The world at one length, prepared for ``run`` or anew, and the best NE of all events and of the recent ones."""
     users = arguments.train_users if run is None else arguments.users
     settings = dict(pair.split("=", 1) for pair in arguments.world_set)
     options = WorldOptions(users=users, events=events, requests=arguments.requests, settings=settings)
@@ -46,14 +48,16 @@ def make_data(folder: Path, events: int, arguments: argparse.Namespace, run: Run
         catalogue=None if run is None else str(run.folder),
     )  # fmt: skip
     prepare(rules, folder / "data")
-    return PreparedData.open(folder / "data"), described["tasks"][TASK]["best"]["ne"]
+    scores = described["tasks"][TASK]
+    best = {"best_ne": scores["best"]["ne"], "recent_only_ne": scores["recent_only_best"]["ne"]}
+    return PreparedData.open(folder / "data"), best
 
 
 def measure(arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     """One row per model, seed and length; rows that an earlier call with these settings has written are kept."""
     trained_on, _ = make_data(folder / "train", arguments.train_events, arguments, None)
     rows = earlier_rows(arguments)
-    prepared: dict[int, tuple[PreparedData, float]] = {}
+    prepared: dict[int, tuple[PreparedData, dict[str, float]]] = {}
     for model in arguments.models:
         for seed in arguments.seeds:
             if {r["events"] for r in rows if (r["model"], r["seed"]) == (model, seed)} >= set(arguments.lengths):
@@ -63,11 +67,11 @@ def measure(arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]
             for length in arguments.lengths:
                 if length not in prepared:
                     prepared[length] = make_data(folder / str(length), length, arguments, run)
-                data, best_ne = prepared[length]
+                data, best = prepared[length]
                 metrics = evaluate(run, data).metrics[TASK]
-                rows.append({"model": model, "seed": seed, "events": length, "best_ne": best_ne,
+                rows.append({"model": model, "seed": seed, "events": length, **best,
                              "ne": metrics["ne"], "auc": metrics["auc"]})  # fmt: skip
-                print(f"{model:>6} seed {seed} {length:>8,} events: NE {metrics['ne']:.4f} (best {best_ne:.4f}), "
+                print(f"{model:>6} seed {seed} {length:>8,} events: NE {metrics['ne']:.4f} (best {best['best_ne']:.4f}), "
                       f"AUC {metrics['auc']:.4f}", flush=True)  # fmt: skip
             save(rows, arguments)
     return rows
@@ -109,8 +113,8 @@ def spread(values: list[float]) -> tuple[float, float]:
 def table(rows: list[dict[str, Any]]) -> list[str]:
     """Markdown lines: one row per length, NE and AUC of each model."""
     models = list(dict.fromkeys(row["model"] for row in rows))
-    lines = ["| events | best NE | " + " | ".join(f"{m}: NE | {m}: AUC" for m in models) + " |",
-             "|---" * (2 + 2 * len(models)) + "|"]  # fmt: skip
+    lines = ["| events | best NE | best from recent events | " + " | ".join(f"{m}: NE | {m}: AUC" for m in models) + " |",
+             "|---" * (3 + 2 * len(models)) + "|"]  # fmt: skip
     for length in dict.fromkeys(row["events"] for row in rows):
         cells = []
         for model in models:
@@ -118,8 +122,8 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
             for metric in ("ne", "auc"):
                 mean, error = spread([row[metric] for row in mine])
                 cells.append(f"{mean:.4f} ± {error:.4f}")
-        best = next(row["best_ne"] for row in rows if row["events"] == length)
-        lines.append(f"| {length:,} | {best:.4f} | " + " | ".join(cells) + " |")
+        one = next(row for row in rows if row["events"] == length)
+        lines.append(f"| {length:,} | {one['best_ne']:.4f} | {one['recent_only_ne']:.4f} | " + " | ".join(cells) + " |")
     return lines
 
 
@@ -134,9 +138,12 @@ def draw(rows: list[dict[str, Any]], train_events: int, path: Path) -> None:
     for model in dict.fromkeys(row["model"] for row in rows):
         points = [spread([r["ne"] for r in rows if r["model"] == model and r["events"] == n]) for n in lengths]
         axes.errorbar(lengths, [p[0] for p in points], [p[1] for p in points], fmt="o-", capsize=3, label=model)
-    best = [next(r["best_ne"] for r in rows if r["events"] == n) for n in lengths]
-    axes.plot(lengths, best, "k--", label="best possible")
-    axes.axvline(train_events, color="gray", linestyle=":", label="trained at")
+    for key, line, label in (
+        ("recent_only_ne", "k:", "best from the last 128 events"),
+        ("best_ne", "k--", "best possible"),
+    ):
+        axes.plot(lengths, [next(r[key] for r in rows if r["events"] == n) for n in lengths], line, label=label)
+    axes.axvline(train_events, color="gray", linewidth=1, label="trained at")
     axes.set(xscale="log", xlabel="events in the history", ylabel="NE (1 = knows nothing)")
     axes.set_title("Longer than trained")
     axes.grid(alpha=0.3)

@@ -71,7 +71,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]
                 metrics = evaluate(run, data).metrics[TASK]
                 rows.append({"model": model, "seed": seed, "events": length, **best,
                              "ne": metrics["ne"], "auc": metrics["auc"]})  # fmt: skip
-                print(f"{model:>6} seed {seed} {length:>8,} events: NE {metrics['ne']:.4f} (best {best['best_ne']:.4f}), "
+                print(f"{model:>6} seed {seed} {length:>8,} events: NE {metrics['ne']:.4f}, "
                       f"AUC {metrics['auc']:.4f}", flush=True)  # fmt: skip
             save(rows, arguments)
     return rows
@@ -113,7 +113,7 @@ def spread(values: list[float]) -> tuple[float, float]:
 def table(rows: list[dict[str, Any]]) -> list[str]:
     """Markdown lines: one row per length, NE and AUC of each model."""
     models = list(dict.fromkeys(row["model"] for row in rows))
-    lines = ["| events | best NE | best from recent events | " + " | ".join(f"{m}: NE | {m}: AUC" for m in models) + " |",
+    lines = ["| events | best NE | best from recent events | " + "".join(f"{m}: NE | {m}: AUC |" for m in models),
              "|---" * (3 + 2 * len(models)) + "|"]  # fmt: skip
     for length in dict.fromkeys(row["events"] for row in rows):
         cells = []

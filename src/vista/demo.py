@@ -30,9 +30,11 @@ from vista.training.loop import train
 
 WORLD, WORLD_OPTIONS = "lifelong", WorldOptions(requests=128)
 SIZE = "tiny"
-SETTINGS: dict[str, Any] = {"model.num_seeds": 64, "train.max_epochs": 1000, "train.validate_every_steps": 200}
+SETTINGS: dict[str, Any] = {
+    "model.num_seeds": 64, "model.sketch_slots": 1024, "train.max_epochs": 1000, "train.validate_every_steps": 200,
+}  # fmt: skip
 # Steps and seconds of training at most; on two quiet cores the steps end first, and the demo stays below five minutes.
-BUDGETS = {"vista": (1600, 200), "recent": (600, 30), "counts": (600, 20)}
+BUDGETS = {"vista": (800, 200), "recent": (600, 30), "counts": (600, 20)}
 THREADS = 1  # of training: at this size two are hardly faster on a quiet machine, and half as fast on a busy one
 MAX_CANDIDATES_SHOWN = 6
 US_PER_S = 1_000_000

@@ -160,6 +160,15 @@ def test_an_own_log_is_prepared_by_the_protocol_and_judged_in_one_sentence(tmp_p
     assert {name: getattr(options, name) for name in NEGATIVES} == NEGATIVES
 
 
+def test_an_own_log_with_impressions_is_measured_on_what_was_shown(done, tmp_path):
+    log = done[0] / "membership" / "log"
+    tables = [w for name in ("events", "items", "impressions") for w in (f"--{name}", str(log / f"{name}.parquet"))]
+    arguments = ["--models", "recent,counts", "--seeds", "0", "--max-steps", "2", "--out", str(tmp_path)]
+    result = CliRunner().invoke(app, ["benchmark", "lifelong", *tables, *arguments])
+    assert result.exit_code == 0, result.output
+    assert "| click | best possible |" in (tmp_path / "benchmark.md").read_text()  # shown ones have a true score
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.models.worlds import DAY_US, NUM_ITEMS, catalogue, histories, slice_users, summarizer
+from vista.data import counts
 from vista.models.batch import Requests, flatten
 from vista.models.inputs import Events
 from vista.models.sketch import HALF_LIVES_S, NEVER_EVENTS, NEVER_S, Sketch
@@ -153,6 +154,11 @@ def test_tokens_do_not_depend_on_the_sketch_and_a_model_without_one_carries_none
         shapes = [[tuple(t.shape) for t in flatten(m.init_state(1).memory)] for m in (with_sketch, without)]
     assert shapes[0][: len(shapes[1])] == shapes[1]
     assert len(shapes[0]) == len(shapes[1]) + 3
+
+
+def test_never_is_as_far_as_in_exact_counts():
+    assert (NEVER_EVENTS, NEVER_S) == (counts.NEVER_EVENTS, counts.NEVER_S)
+    assert set(HALF_LIVES_S) < set(counts.HALF_LIVES_S.values())
 
 
 def test_padding_and_unknown_keys_are_never_met():

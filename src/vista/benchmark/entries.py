@@ -9,11 +9,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from vista.config import Config, resolve
+from vista.config import WITH_COUNTS, Config, resolve
 from vista.errors import ConfigError, nearest
 
 SKETCH_SLOTS = 1024
-WITH_COUNTS = "+counts"  # behind the name of an entry: its head reads exact counts as well
 COUNTED_EVENTS = (64, 512, 4096)  # what counts cut to the last so many events show: where length stops paying
 
 

@@ -21,6 +21,7 @@ def lifelong(
     out: Annotated[Path, typer.Option(help="Folder for data, runs and report; a second call goes on there.")],
     events: Annotated[str | None, typer.Option(help="Your own event log; columns as in vista prepare.")] = None,
     items: Annotated[str | None, typer.Option(help="Items table of that log.")] = None,
+    impressions: Annotated[str | None, typer.Option(help="Impressions table; default: made from events.")] = None,
     user_column: Annotated[str, typer.Option(help="Name of the user id column.")] = "user_id",
     item_column: Annotated[str, typer.Option(help="Name of the item id column.")] = "item_id",
     timestamp_column: Annotated[str, typer.Option(help="Name of the time column.")] = "timestamp",
@@ -64,7 +65,7 @@ def lifelong(
     if events is not None:
         columns: dict[str, Any] = {"user_column": user_column, "item_column": item_column,
                                    "timestamp_column": timestamp_column, "burst_column": burst_column}  # fmt: skip
-        sets.append(own_log(PrepareOptions(events, items, **columns)))
+        sets.append(own_log(PrepareOptions(events, items, impressions, **columns)))
     if macports is not None:
         sets.append(macports_set(macports))
     default_worlds = [] if sets else list(WORLDS)

@@ -187,8 +187,23 @@ def test_bad_arguments_are_named_before_anything_is_run(arguments, message, tmp_
 
 
 def test_entries_resolve_at_every_size():
-    for entry in (*ENTRIES.values(), *choose(["recent+counts", "vista-sketch+counts", "sim-soft+counts"])):
+    for entry in (
+        *ENTRIES.values(),
+        *choose(["recent+counts", "vista-sketch+counts", "sim-soft+counts", "din-256", "sim-soft-256+counts"]),
+    ):
         for size in ("tiny", "small", "base"):
             assert entry.config(size, 3, {}).train.seed == 3
-    with pytest.raises(ConfigError, match="there is no entry"):
-        choose(["nothing"])
+    for wrong in ("nothing", "vista-64", "din-", "counts-64-64"):
+        with pytest.raises(ConfigError, match="there is no entry"):
+            choose([wrong])
+
+
+def test_a_number_behind_an_entry_cuts_it_to_so_many_events():
+    recent, counts, din = (entry for entry in choose(["recent-512", "counts-4096", "din-256+counts"]))
+    assert recent.config("tiny", 0, {}).model.recent_events == 512
+    assert counts.config("tiny", 0, {}).model.count_last_events == 4096
+    assert (din.config("tiny", 0, {}).model.history_events, din.config("tiny", 0, {}).model.model) == (
+        256,
+        "din+counts",
+    )
+    assert (recent.is_full, counts.is_full, din.is_full) == (False, False, True)

@@ -14,6 +14,7 @@ from vista.errors import ConfigError, nearest
 
 SKETCH_SLOTS = 1024
 COUNTED_EVENTS = (64, 512, 4096)  # what counts cut to the last so many events show: where length stops paying
+WINDOWS = {"counts": "model.count_last_events", "recent": "model.recent_events"}  # the setting that cuts a model short
 
 
 @dataclass(frozen=True)
@@ -32,15 +33,22 @@ class Entry:
         return resolve(size, overrides={**training, **self.settings, "train.seed": seed})
 
 
+def _cut(entry: Entry, last: int) -> Entry:
+    """The same model over the newest ``last`` events. Counts of so many are a control, as recent events are."""
+    model = entry.settings["model.model"]
+    window = WINDOWS.get(model, "model.history_events")
+    return Entry(f"{entry.name}-{last}", {**entry.settings, window: last}, is_full=model not in WINDOWS)
+
+
 def _all() -> tuple[Entry, ...]:
-    cut = [
-        Entry(f"counts-{last}", {"model.model": "counts", "model.count_last_events": last}, is_full=False)
-        for last in COUNTED_EVENTS
-    ]
-    return (
+    recent, counts = (
         Entry("recent", {"model.model": "recent"}, is_full=False),
-        *cut,
         Entry("counts", {"model.model": "counts"}),
+    )
+    return (
+        recent,
+        *(_cut(counts, last) for last in COUNTED_EVENTS),
+        counts,
         Entry("vista"),
         Entry("vista-sum", {"model.memory": "sum"}),
         Entry("vista-sketch", {"model.sketch_slots": SKETCH_SLOTS}),
@@ -54,13 +62,17 @@ DEFAULT_ENTRIES = tuple(ENTRIES)
 
 
 def choose(names: Iterable[str]) -> list[Entry]:
-    """Entries by name, any but ``counts`` with ``+counts`` behind it. Raises ConfigError for an unknown one."""
+    """Entries by name; one that reads raw events may be cut to the newest N of them, ``din-256``, and any but
+    ``counts`` may have ``+counts`` behind it. Raises ConfigError for an unknown one."""
     return [_find(name) for name in names]
 
 
 def _find(name: str) -> Entry:
     plain = name.removesuffix(WITH_COUNTS)
     entry = ENTRIES.get(plain)
+    whole, _, last = plain.rpartition("-")
+    if entry is None and last.isdecimal() and "model.model" in getattr(ENTRIES.get(whole), "settings", {}):
+        entry = _cut(ENTRIES[whole], int(last))
     if entry is None:
         raise ConfigError(f"--models: there is no entry {name!r}{nearest(name, ENTRIES)}")
     if plain == name:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vista.benchmark.cells import Cell
-from vista.benchmark.entries import ENTRIES
+from vista.benchmark.entries import choose
 from vista.evaluation.metrics import Estimate, mean_and_standard_error, paired_difference
 
 NEEDED_ERRORS = 3.0
@@ -58,7 +58,7 @@ class Verdict:
 
 def judge(name: str, cells: Sequence[Cell]) -> Verdict | None:
     """The verdict on the first task; None without a full-history entry."""
-    full = {c.entry for c in cells if c.entry not in ENTRIES or ENTRIES[c.entry].is_full}
+    full = {entry.name for entry in choose({c.entry for c in cells}) if entry.is_full}
     if not full:
         return None
     best = min(full, key=lambda entry: mean_and_standard_error(list(scores(cells, entry).values())).mean)
@@ -83,7 +83,10 @@ def rewarded_length(cells: Sequence[Cell]) -> int | None:
     0: even the longest cut is beaten by the whole history. None where counts or their cuts were not run.
     """
     whole = scores(cells, ALL_COUNTS)
-    cuts = {e.settings["model.count_last_events"]: e.name for e in ENTRIES.values() if e.name.startswith("counts-")}
+    cuts = {
+        e.settings["model.count_last_events"]: e.name
+        for e in choose({c.entry for c in cells if c.entry.startswith("counts-")})
+    }
     found = {last: scores(cells, entry) for last, entry in sorted(cuts.items())}
     if not whole or not any(found.values()):
         return None

@@ -14,7 +14,8 @@ from vista.errors import ConfigError, nearest
 
 SKETCH_SLOTS = 1024
 COUNTED_EVENTS = (64, 512, 4096)  # what counts cut to the last so many events show: where length stops paying
-WINDOWS = {"counts": "model.count_last_events", "recent": "model.recent_events"}  # the setting that cuts a model short
+HISTORY = "model.history_events"  # the setting that says how many raw events a model reads, but for these:
+WINDOWS = {"counts": "model.count_last_events", "recent": "model.recent_events"}
 
 
 @dataclass(frozen=True)
@@ -35,9 +36,15 @@ class Entry:
 
 def _cut(entry: Entry, last: int) -> Entry:
     """The same model over the newest ``last`` events. Counts of so many are a control, as recent events are."""
-    model = entry.settings["model.model"]
-    window = WINDOWS.get(model, "model.history_events")
-    return Entry(f"{entry.name}-{last}", {**entry.settings, window: last}, is_full=model not in WINDOWS)
+    window = _window(entry)
+    assert window is not None
+    return Entry(f"{entry.name}-{last}", {**entry.settings, window: last}, is_full=window == HISTORY)
+
+
+def _window(entry: Entry) -> str | None:
+    """The setting that says how many raw events an entry's model reads; None for one with a summary."""
+    model = entry.settings.get("model.model")
+    return None if model is None else WINDOWS.get(model, HISTORY)
 
 
 def _all() -> tuple[Entry, ...]:
@@ -70,9 +77,10 @@ def choose(names: Iterable[str]) -> list[Entry]:
 def _find(name: str) -> Entry:
     plain = name.removesuffix(WITH_COUNTS)
     entry = ENTRIES.get(plain)
-    whole, _, last = plain.rpartition("-")
-    if entry is None and last.isdecimal() and "model.model" in getattr(ENTRIES.get(whole), "settings", {}):
-        entry = _cut(ENTRIES[whole], int(last))
+    name_of_whole, _, last = plain.rpartition("-")
+    whole = ENTRIES.get(name_of_whole)
+    if entry is None and last.isdecimal() and whole is not None and _window(whole) not in (None, *whole.settings):
+        entry = _cut(whole, int(last))
     if entry is None:
         raise ConfigError(f"--models: there is no entry {name!r}{nearest(name, ENTRIES)}")
     if plain == name:

@@ -30,15 +30,16 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Converter:
-    """A converter, called with (out, source, options), and the class of its options."""
+    """A converter, called with (out, source, options), the class of its options, and whether source may be None."""
 
     convert: Callable[..., dict[str, Any]]
     options: type
+    can_download: bool = False
 
 
 CONVERTERS = {
-    "movielens": Converter(convert_movielens, MovielensOptions),
-    "macports": Converter(convert_macports, MacportsOptions),
+    "movielens": Converter(convert_movielens, MovielensOptions, can_download=True),
+    "macports": Converter(convert_macports, MacportsOptions, can_download=True),
     "kuairand": Converter(convert_kuairand, KuairandOptions),
     "taobao": Converter(convert_taobao, TaobaoOptions),
     "amazon": Converter(convert_amazon, AmazonOptions),

@@ -20,7 +20,7 @@ from vista.data.prepare import PrepareOptions
 from vista.errors import ConfigError
 from vista.evaluation.results import Evaluation
 
-SMALL = {"users": 24, "events": 120, "requests": 6, "settings": {"touched": 8}}
+SMALL = {"users": 24, "events": 120, "requests": 6, "touched": 8}
 TRAINING = {"train.max_steps": 2, "train.requests_per_step": 64}
 
 
@@ -95,10 +95,17 @@ def test_the_page_says_what_was_run_and_what_follows(done):
     assert "vista benchmark lifelong" in text
     assert "best possible" in text
     assert "| counts | 1,680 |" in text  # 120 events of 14 bytes
-    for name in ("membership/cost.png", "membership/report/by_positive_distance.png"):
-        assert name in text
-        assert (out / name).exists()
-    assert page.read_text().count("data:image/png") == 2
+    for name in (
+        "cost.png",
+        "report/by_positive_distance.png",
+        "report/by_history_length.png",
+        "report/learning_curve.png",
+    ):
+        assert f"(membership/{name})" in text
+        assert (out / "membership" / name).exists()
+    for fact in ("Machine: ", "cores", "Versions: vista ", "SHA-256", '"world": "membership"'):
+        assert fact in text
+    assert page.read_text().count("data:image/png") == 4
     assert (out / "membership" / "report" / "index.html").exists()
 
 

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from vista.benchmark.entries import Entry
+from vista.benchmark.machine import DISTRIBUTION
 from vista.benchmark.sets import BenchmarkSet
 from vista.checkpoint import Run, load_run, write_text
 from vista.config import Config
@@ -36,7 +37,6 @@ from vista.models.vista import SequenceModel
 from vista.store.record import encode
 from vista.training.loop import train
 
-DISTRIBUTION = "vista-recsys"
 KEY_DIGITS = 12
 HISTORY_BYTES = 14  # of one event in prepared data: what a model without a summary must have at hand of each
 NO_LIMIT = 2**62
@@ -92,7 +92,7 @@ def run_plan(
     for number, (one, entry, seed) in enumerate(plan.order(), 1):
         data = one.open(out / one.name)
         config = entry.config(plan.size, seed, plan.training)
-        folder = out / one.name / f"{entry.name}-{seed}-{_key(data, config)}"
+        folder = cell_folder(out, one, data, entry, config)
         cell = _cached(folder)
         if cell is None and 0 < time_budget_s <= time.monotonic() - started:
             say(f"[{number}/{plan.num_cells}] {one.name}, {entry.name}, seed {seed}: left out, the budget is used up")
@@ -110,10 +110,16 @@ def _line(number: int, num_cells: int, name: str, cell: Cell) -> str:
     return f"[{number}/{num_cells}] {name}, {cell.entry}, seed {cell.seed}: {scores}"
 
 
-def _key(data: PreparedData, config: Config) -> str:
-    """The hash of all that a cell's numbers depend on."""
-    content = {"data": data.manifest.checksums, "config": json.loads(config.to_json()), "vista": version(DISTRIBUTION)}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:KEY_DIGITS]
+def cell_folder(out: Path, one: BenchmarkSet, data: PreparedData, entry: Entry, config: Config) -> Path:
+    """Where a cell is kept; named after all that its numbers depend on."""
+    key = content_key({"data": data.manifest.checksums, "config": json.loads(config.to_json())})
+    return out / one.name / f"{entry.name}-{config.train.seed}-{key}"
+
+
+def content_key(content: dict[str, Any]) -> str:
+    """A hash of content and of this package's version."""
+    text = json.dumps({**content, "vista": version(DISTRIBUTION)}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:KEY_DIGITS]
 
 
 def _cached(folder: Path) -> Cell | None:
@@ -148,8 +154,8 @@ def _run_cell(data: PreparedData, config: Config, entry: Entry, seed: int, folde
     return cell
 
 
-def bytes_per_user(run: Run, data: PreparedData) -> int:
-    """What must be at hand of a user with a long history: raw events, a tokens record (int8), or both."""
+def bytes_per_user(run: Run, data: PreparedData, codec: str = "int8") -> int:
+    """What must be at hand of a user with a long history: raw events, a tokens record of this codec, or both."""
     lengths, model = data.histories.lengths(), run.config.model
     num_bytes = 0
     if model.with_counts or not isinstance(run.model, SequenceModel):
@@ -158,5 +164,5 @@ def bytes_per_user(run: Run, data: PreparedData) -> int:
     if isinstance(run.model, SequenceModel):
         longest = np.argsort(lengths)[::-1][:SIZED_USERS].copy()
         records = summarize_users(run.model, data.histories, longest, data.user_ids[longest], run.version)
-        num_bytes += max(len(encode(record, "int8")) for record in records if record.kind == "tokens")
+        num_bytes += max(len(encode(record, codec)) for record in records if record.kind == "tokens")
     return num_bytes

@@ -1,6 +1,7 @@
 """Which models a benchmark compares, and what they are called.
 
-Exact counts are of the whole history, so whatever has ``+counts`` behind its name reads all of it.
+Exact counts are of the whole history, so whatever has ``+counts`` behind its name reads all of it. What stands
+behind an ``@``, as in ``vista@num_seeds=16@width=64``, is a setting of this entry alone: so a grid can be compared.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from vista.config import WITH_COUNTS, Config, resolve
+from vista.config import WITH_COUNTS, Config, resolve, setting_key
 from vista.errors import ConfigError, nearest
 
 SKETCH_SLOTS = 1024
@@ -75,17 +76,27 @@ def choose(names: Iterable[str]) -> list[Entry]:
 
 
 def _find(name: str) -> Entry:
-    plain = name.removesuffix(WITH_COUNTS)
+    base, *pairs = name.split("@")
+    plain = base.removesuffix(WITH_COUNTS)
     entry = ENTRIES.get(plain)
     name_of_whole, _, last = plain.rpartition("-")
     whole = ENTRIES.get(name_of_whole)
     if entry is None and last.isdecimal() and whole is not None and _window(whole) not in (None, *whole.settings):
         entry = _cut(whole, int(last))
     if entry is None:
-        raise ConfigError(f"--models: there is no entry {name!r}{nearest(name, ENTRIES)}")
-    if plain == name:
-        return entry
-    model = entry.settings.get("model.model", "vista")
-    if model == "counts":
-        raise ConfigError(f"--models: {name!r} has counts twice; write {plain!r}")
-    return Entry(name, {**entry.settings, "model.model": model + WITH_COUNTS})
+        raise ConfigError(f"--models: there is no entry {base!r}{nearest(base, ENTRIES)}")
+    settings = dict(entry.settings)
+    if plain != base:
+        model = settings.get("model.model", "vista")
+        if model == "counts":
+            raise ConfigError(f"--models: {base!r} has counts twice; write {plain!r}")
+        settings["model.model"] = model + WITH_COUNTS
+    return Entry(name, settings | dict(_setting(name, pair) for pair in pairs), entry.is_full)
+
+
+def _setting(name: str, pair: str) -> tuple[str, str]:
+    """``width=64`` to its dotted key and value."""
+    setting, equals, value = pair.partition("=")
+    if not equals:
+        raise ConfigError(f"--models: {name!r}: {pair!r} is no setting; write it as vista@width=64")
+    return setting_key(setting), value

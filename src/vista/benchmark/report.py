@@ -1,24 +1,26 @@
 """The report of a benchmark: one page over all sets, as HTML and Markdown, with plots, beside a full report per set.
 
-OUT/index.html, benchmark.md     per set: verdict, table, differences, where length stops paying, cost
+OUT/index.html, benchmark.md     per set: verdict, table, differences, where length stops paying, what others published,
+                                 quality along an axis, against history length, bytes per user and training cost
 OUT/SET/report/                  the report of `vista evaluate` over all of the set's runs
 """
 
 from __future__ import annotations
 
+import hashlib
 import html
+import json
 import math
-import platform
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
-import torch
 from matplotlib.figure import Figure
 
-from vista.benchmark.cells import DISTRIBUTION, Cell, Plan
+from vista.benchmark.axes import METRICS, Sweep, plot_sweep
+from vista.benchmark.cells import Cell, Plan
+from vista.benchmark.machine import machine, versions
 from vista.benchmark.sets import BenchmarkSet
 from vista.benchmark.verdict import Verdict, judge, rewarded_length, scores
 from vista.checkpoint import write_text
@@ -32,7 +34,14 @@ from vista.evaluation.tables import Runs, Table, difference_table, group_runs, o
 
 OVERVIEW_KEYS = ("ne", "auc", "gauc", "calibration")
 SLICED_BY = ("positive distance", "source", "history length")
-PLOT = "cost.png"
+COST_PLOT, AXIS_PLOT = "cost.png", "axis.png"
+PLOTS = {  # below the folder of the set; those that are there are shown
+    AXIS_PLOT: "Quality along the axis",
+    COST_PLOT: "NE against bytes per user and against training time",
+    "report/by_history_length.png": "By history length",
+    "report/by_positive_distance.png": "By how far back the positive was last met",
+    "report/learning_curve.png": "Learning curves",
+}
 NOTE = (
     "NE: log loss relative to that of the base rate; lower is better. ±: standard error over seeds. Bytes per user: "
     "what must be at hand to rank for a user with a long history. Seconds of training count as ratios only."
@@ -41,18 +50,31 @@ NOTE = (
 
 @dataclass(frozen=True)
 class Part:
-    """All that the report says of one set."""
+    """All that the report says of one set. folder: of the set, below the page."""
 
     one: BenchmarkSet
     data: PreparedData
     cells: Sequence[Cell]
     runs: list[Runs]
     verdict: Verdict | None
+    sweep: Sweep | None
+    folder: Path
 
     @classmethod
-    def of(cls, one: BenchmarkSet, data: PreparedData, cells: Sequence[Cell]) -> Part:
+    def of(cls, one: BenchmarkSet, folder: Path, cells: Sequence[Cell], sweep: Sweep | None) -> Part:
+        data = one.open(folder)
         runs = group_runs([c.evaluation for c in cells], best_possible(data))
-        return cls(one, data, cells, runs, judge(one.name, cells))
+        return cls(one, data, cells, runs, judge(one.name, cells), sweep, folder)
+
+    def write(self) -> None:
+        """The full report of the set, and the plots that the page shows."""
+        evaluations = [cell.evaluation for cell in self.cells]
+        title = f"Lifelong benchmark: {self.one.name}"
+        write_report(evaluations, self.folder / "report", best_possible(self.data), title)
+        save_png(plot_cost(self.cells), self.folder / COST_PLOT)
+        (self.folder / AXIS_PLOT).unlink(missing_ok=True)
+        if self.sweep is not None:
+            save_png(plot_sweep(self.sweep), self.folder / AXIS_PLOT)
 
     @property
     def about(self) -> str:
@@ -73,30 +95,63 @@ class Part:
             return "Counts gain from every event: even the longest cut is beaten by the whole history."
         return f"Counts gain from history up to the last {last:,} events, and not beyond."
 
+    @property
+    def plots(self) -> list[tuple[str, str]]:
+        """Name below the folder of the set, and what it shows."""
+        return [(name, text) for name, text in PLOTS.items() if (self.folder / name).exists()]
+
+    @property
+    def notes(self) -> list[str]:
+        """What must be known beside the tables: whom the published numbers hold for, and what was measured on."""
+        published, notes = self.one.published, []
+        if published is not None:
+            notes.append(
+                f"Published: {published.source}. Protocol there: {published.protocol} Ours: {published.difference}"
+            )
+        if self.sweep is not None:
+            fixed = {name: values for name, values in self.sweep.axis.settings.items() if len(values) == 1}
+            also = (
+                f" Also there: {', '.join(f'{name} {values[0]}' for name, values in fixed.items())}." if fixed else ""
+            )
+            notes.append(
+                f"Along {self.sweep.axis.name}: models trained once, other users, nothing trained again.{also}"
+            )
+        checksums = json.dumps(self.data.manifest.checksums, sort_keys=True)
+        made = json.dumps(self.one.described, sort_keys=True, default=str)
+        digest = hashlib.sha256(checksums.encode()).hexdigest()
+        return [*notes, f"SHA-256 over the checksums of all prepared files: {digest}", f"Made from: {made}"]
+
     def tables(self) -> list[Table]:
         task = self.runs[0].evaluations[0].tasks[0]
         differences = difference_table(self.runs)
+        published = self.one.published.table(self.cells) if self.one.published is not None else None
         sliced = [slice_table(self.runs, task, by, "auc") for by in SLICED_BY]
         return [
             overview_table(self.runs, OVERVIEW_KEYS, "All test impressions"),
             *([differences] if differences is not None else []),
             *(table for table in sliced if len(table.rows) > 1),
+            *([published] if published is not None else []),
+            *([self.sweep.table(metric) for metric in METRICS] if self.sweep is not None else []),
             cost_table(self.cells),
         ]
 
 
-def write_benchmark(plan: Plan, cells: dict[str, list[Cell]], out: Path, command: Sequence[str]) -> Path:
+def write_benchmark(
+    plan: Plan,
+    cells: dict[str, list[Cell]],
+    out: Path,
+    command: Sequence[str],
+    sweeps: Mapping[str, Sweep] | None = None,
+) -> Path:
     """Write the page and the reports of the sets that have a cell; the path of index.html."""
-    parts = [Part.of(one, one.open(out / one.name), cells[one.name]) for one in plan.sets if cells[one.name]]
+    found = [one for one in plan.sets if cells[one.name]]
+    parts = [Part.of(one, out / one.name, cells[one.name], (sweeps or {}).get(one.name)) for one in found]
     for part in parts:
-        folder = out / part.one.name
-        evaluations = [c.evaluation for c in part.cells]
-        write_report(evaluations, folder / "report", best_possible(part.data), f"Lifelong benchmark: {part.one.name}")
-        save_png(plot_cost(part.cells), folder / PLOT)
+        part.write()
     title = "Lifelong benchmark"
     facts = _facts(plan, cells, command)
     write_text(out / "benchmark.md", _markdown(title, facts, parts))
-    write_text(out / "index.html", _html(title, facts, parts, out))
+    write_text(out / "index.html", _html(title, facts, parts))
     return out / "index.html"
 
 
@@ -143,15 +198,10 @@ def _facts(plan: Plan, cells: dict[str, list[Cell]], command: Sequence[str]) -> 
     return [
         f"Command: `{shlex.join(command)}`",
         f"Size {plan.size}{f'; {settings}' if settings else ''}; seeds {', '.join(map(str, plan.seeds))}.{budget}",
-        f"vista {version(DISTRIBUTION)}, torch {torch.__version__}, Python {platform.python_version()}, "
-        f"{platform.machine()}, {torch.get_num_threads()} thread(s).",
+        f"Machine: {machine()}.",
+        f"Versions: {versions()}.",
         NOTE,
     ]
-
-
-def _checksum(part: Part) -> str:
-    item = part.data.manifest.checksums["events/item.npy"]
-    return f"SHA-256 of events/item.npy: {item[:16]}"
 
 
 def _markdown(title: str, facts: Sequence[str], parts: Sequence[Part]) -> str:
@@ -162,22 +212,24 @@ def _markdown(title: str, facts: Sequence[str], parts: Sequence[Part]) -> str:
         lines += [f"{part.lengths}\n"] if part.lengths else []
         for table in part.tables():
             lines += [f"### {table.title}", "", table.to_markdown()]
-        lines += [f"![NE against cost]({part.one.name}/{PLOT})", ""]
-        lines += [f"![By distance]({part.one.name}/report/by_positive_distance.png)", "", _checksum(part)]
+        for name, text in part.plots:
+            lines += [f"![{text}]({part.one.name}/{name})", ""]
+        lines += [f"{note}\n" for note in part.notes]
     return "\n".join(lines) + "\n"
 
 
-def _html(title: str, facts: Sequence[str], parts: Sequence[Part], out: Path) -> str:
+def _html(title: str, facts: Sequence[str], parts: Sequence[Part]) -> str:
     body = [f"<h1>{title}</h1>", *(f'<p class="note">{html.escape(fact)}</p>' for fact in facts), "<ul>"]
     body += [f"<li>{html.escape(part.verdict.sentence())}</li>" for part in parts if part.verdict]
     body += ["</ul>"]
     for part in parts:
-        name, folder = html.escape(part.one.name), out / part.one.name
+        name = html.escape(part.one.name)
         body += [f"<h2>{name}</h2>", f"<p>{html.escape(part.about)}</p>"]
         body += [f"<p>{html.escape(part.lengths)}</p>"] if part.lengths else []
         for table in part.tables():
             body += [f"<h3>{html.escape(table.title)}</h3>", wide(table)]
-        body += [image(folder / PLOT, "NE against cost")]
-        body += [image(folder / "report" / "by_positive_distance.png", "By distance")]
-        body += [f'<p class="note"><a href="{name}/report/index.html">all slices</a>; {_checksum(part)}</p>']
+        for file, text in part.plots:
+            body += [f"<h3>{html.escape(text)}</h3>", image(part.folder / file, text)]
+        body += [f'<p class="note">{html.escape(note)}</p>' for note in part.notes]
+        body += [f'<p class="note"><a href="{name}/report/index.html">all slices</a></p>']
     return page(title, body)

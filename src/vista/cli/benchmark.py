@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,8 +27,11 @@ def lifelong(
     item_column: Annotated[str, typer.Option(help="Name of the item id column.")] = "item_id",
     timestamp_column: Annotated[str, typer.Option(help="Name of the time column.")] = "timestamp",
     burst_column: Annotated[str | None, typer.Option(help="Events with one value here are one impression.")] = None,
-    macports: Annotated[
-        Path | None, typer.Option(help="A clone of the macports-ports git history, or a converted copy, to measure on.")
+    config: Annotated[
+        Path | None, typer.Option(help="A file that says set, preparation and models: configs/benchmark/NAME.toml.")
+    ] = None,
+    source: Annotated[
+        Path | None, typer.Option("--from", help="Folder with a local copy of the public log of --config.")
     ] = None,
     worlds: Annotated[
         str | None,
@@ -36,9 +40,20 @@ def lifelong(
     models: Annotated[
         str | None, typer.Option(help="Entries, separated by commas, as in counts,vista,din+counts; default: all.")
     ] = None,
-    seeds: Annotated[str, typer.Option(help="Seeds, separated by commas.")] = "0,1,2",
-    size: Annotated[str, typer.Option(help="tiny, small or base: one dial for all widths.")] = "tiny",
-    max_steps: Annotated[int, typer.Option(help="Optimizer steps of each run at most.")] = 2000,
+    axis: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Evaluate on test worlds that differ in a setting, as in events=2048,16384; or with stored tokens, as "
+            "in codec=float32,int8; repeatable, the first is drawn."
+        ),
+    ] = None,
+    seeds: Annotated[str | None, typer.Option(help="Seeds, separated by commas; default: 0,1,2.")] = None,
+    size: Annotated[
+        str | None, typer.Option(help="tiny, small or base: one dial for all widths; default: tiny.")
+    ] = None,
+    max_steps: Annotated[
+        int | None, typer.Option(min=1, help="Optimizer steps of each run at most; default: 2000.")
+    ] = None,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="Any other setting of all runs; repeatable.")
     ] = None,
@@ -48,48 +63,102 @@ def lifelong(
     """Does lifelong history pay? Trains every entry with every seed on every set, and says so in one sentence per set.
 
     Finished runs are kept in OUT and not run again; Ctrl-C keeps the one under way, and the same command goes on.
+    With `--config` other options overrule the file.
     """
     import torch
 
-    from vista.benchmark.cells import Plan, run_plan
-    from vista.benchmark.entries import DEFAULT_ENTRIES, choose
+    from vista.benchmark.axes import sweep_axes
+    from vista.benchmark.cells import run_plan
     from vista.benchmark.report import write_benchmark
-    from vista.benchmark.sets import macports as macports_set
+    from vista.cli.train import parse_overrides
+
+    columns = {"user_column": user_column, "item_column": item_column, "timestamp_column": timestamp_column,
+               "burst_column": burst_column}  # fmt: skip
+    own = {"events": events, "items": items, "impressions": impressions, **columns}
+    chosen = RunOptions(models, seeds, size, max_steps, parse_overrides(overrides or []))
+    torch.set_num_threads(threads)
+    plan = _plan(config, source, own, worlds, axis or [], chosen)
+    cells = run_plan(plan, out, time_budget_s, typer.echo)
+    sweeps = sweep_axes(plan, out, cells, typer.echo)
+    typer.echo("")
+    report = write_benchmark(plan, cells, out, ["vista", *sys.argv[1:]], sweeps)
+    typer.echo(_verdicts(cells))
+    typer.echo(f"report: {report}")
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What is run, as the command line has it; None: not given."""
+
+    models: str | None
+    seeds: str | None
+    size: str | None
+    max_steps: int | None
+    settings: dict[str, Any]
+
+
+def _plan(
+    config: Path | None,
+    source: Path | None,
+    own: dict[str, Any],
+    worlds: str | None,
+    axis: list[str],
+    chosen: RunOptions,
+) -> Any:
+    """What the command line and the config file ask for. Raises ConfigError for what does not go together."""
+    from vista.benchmark.axes import check_axes
+    from vista.benchmark.cells import Plan
+    from vista.benchmark.configs import RunChoice, read_config
+    from vista.benchmark.entries import DEFAULT_ENTRIES, choose
+    from vista.benchmark.sets import Axis
+    from vista.errors import ConfigError
+
+    choice = RunChoice(DEFAULT_ENTRIES, (0, 1, 2), "tiny", 2000)
+    if config is not None:
+        if own["events"] is not None or worlds is not None:
+            raise ConfigError("--config says the set; leave out --events and --worlds")
+        read = read_config(config, source)
+        sets, choice = [read.one], choice.under(read.run)
+    elif source is not None:
+        raise ConfigError(
+            f"--from {source}: of which public log? Name its file with --config configs/benchmark/NAME.toml"
+        )
+    else:
+        sets = _sets(own, worlds)
+    names = tuple(_names(chosen.models)) if chosen.models else None
+    seeds = _seeds(chosen.seeds) if chosen.seeds is not None else None
+    choice = choice.under(RunChoice(names, seeds, chosen.size, chosen.max_steps, chosen.settings))
+    given = Axis.parse(axis)
+    if given is not None:
+        sets = [replace(one, axis=given) for one in sets]
+    training = {"train.max_steps": choice.max_steps, "train.max_epochs": 1000, **choice.settings}
+    plan = Plan(sets, choose(choice.models or ()), list(choice.seeds or ()), choice.size or "tiny", training)
+    check_axes(plan)
+    return plan
+
+
+def _sets(own: dict[str, Any], worlds: str | None) -> list[Any]:
+    """The user's log, and worlds: those that are named, all where there is no log."""
     from vista.benchmark.sets import own_log
     from vista.benchmark.sets import worlds as world_sets
-    from vista.cli.train import parse_overrides
     from vista.data.prepare import PrepareOptions
     from vista.data.worlds.write import WORLDS
 
-    sets = []
-    if events is not None:
-        columns: dict[str, Any] = {"user_column": user_column, "item_column": item_column,
-                                   "timestamp_column": timestamp_column, "burst_column": burst_column}  # fmt: skip
-        sets.append(own_log(PrepareOptions(events, items, impressions, **columns)))
-    if macports is not None:
-        sets.append(macports_set(macports))
-    default_worlds = [] if sets else list(WORLDS)
-    sets += world_sets(_names(worlds) if worlds is not None else default_worlds, seed=0)
-    torch.set_num_threads(threads)
-    training = {"train.max_steps": max_steps, "train.max_epochs": 1000} | parse_overrides(overrides or [])
-    plan = Plan(sets, choose(_names(models) if models else DEFAULT_ENTRIES), _seeds(seeds), size, training)
-    cells = run_plan(plan, out, time_budget_s, typer.echo)
-    typer.echo("")
-    report = write_benchmark(plan, cells, out, ["vista", *sys.argv[1:]])
-    typer.echo(_verdicts(cells))
-    typer.echo(f"report: {report}")
+    sets = [] if own["events"] is None else [own_log(PrepareOptions(**own))]
+    names = _names(worlds) if worlds is not None else [] if sets else list(WORLDS)
+    return sets + world_sets(names, seed=0)
 
 
 def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
-def _seeds(text: str) -> list[int]:
+def _seeds(text: str) -> tuple[int, ...]:
     """Raises ConfigError for what is no whole number."""
     from vista.errors import ConfigError
 
     try:
-        return [int(seed) for seed in _names(text)]
+        return tuple(int(seed) for seed in _names(text))
     except ValueError:
         raise ConfigError(f"--seeds {text!r}: write whole numbers, separated by commas, as in 0,1,2") from None
 

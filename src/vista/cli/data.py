@@ -141,6 +141,71 @@ def macports(
     _report(summary, out, " --burst-column burst", as_json)
 
 
+Copy = Annotated[Path, typer.Option("--from", help="Folder with a local copy, as published.")]
+
+
+@app.command()
+def kuairand(
+    out: Out,
+    source: Copy,
+    variant: Annotated[str, typer.Option(help="Which version the copy is: 1k, 27k or pure.")] = "1k",
+    max_impressions: Annotated[
+        int, typer.Option(help="At most about so many impressions, a uniform sample of the moments; 0: all.")
+    ] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Short videos shown in April and May 2022, with real impressions and their labels (KuaiRand)."""
+    from vista.data.public import KuairandOptions, convert_kuairand
+
+    summary = convert_kuairand(out, source, KuairandOptions(variant, max_impressions))
+    _report(summary, out, f" --impressions {out}/impressions.parquet --context tab", as_json)
+
+
+@app.command()
+def taobao(
+    out: Out,
+    source: Copy,
+    actions: Annotated[str, typer.Option(help="Behaviours kept as events, separated by commas.")] = "pv,buy,cart,fav",
+    as_json: AsJson = False,
+) -> None:
+    """Clicks and purchases of a million people in nine days of 2017 (Taobao UserBehavior)."""
+    from vista.data.public import TaobaoOptions, convert_taobao
+
+    _report(convert_taobao(out, source, TaobaoOptions(actions)), out, "", as_json)
+
+
+@app.command()
+def amazon(
+    out: Out,
+    source: Copy,
+    category: Annotated[str, typer.Option(help="Part of the data, as its files are called.")] = "Electronics",
+    as_json: AsJson = False,
+) -> None:
+    """Product reviews of 2014, 5-core (Amazon); short histories."""
+    from vista.data.public import AmazonOptions, convert_amazon
+
+    _report(convert_amazon(out, source, AmazonOptions(category)), out, "", as_json)
+
+
+@app.command()
+def yambda(
+    out: Out,
+    source: Copy,
+    size: Annotated[str, typer.Option(help="50m, 500m or 5b.")] = "50m",
+    layout: Annotated[str, typer.Option(help="flat or sequential: which of the published folders to read.")] = "flat",
+    actions: Annotated[
+        str,
+        typer.Option(help="Files to read, separated by commas: listens, likes, dislikes, unlikes, undislikes."),
+    ] = "listens,likes,dislikes",
+    with_skips: Annotated[bool, typer.Option(help="Keep listens broken off before half of the track.")] = True,
+    as_json: AsJson = False,
+) -> None:
+    """What up to a million people listened to and liked (Yambda); up to five billion events."""
+    from vista.data.public import YambdaOptions, convert_yambda
+
+    _report(convert_yambda(out, source, YambdaOptions(size, layout, actions, with_skips)), out, "", as_json)
+
+
 def _report(summary: dict[str, Any], out: Path, flags: str, as_json: bool) -> None:
     """What was written, and the command that goes on from it."""
     if as_json:

@@ -11,7 +11,7 @@ import glob
 import gzip
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,19 +66,23 @@ def _known_suffixes() -> str:
 
 @dataclass(frozen=True)
 class Table:
-    """One input file: its path and its columns with their types. as_text: CSV columns to be read as strings."""
+    """One input file: its path and its columns with their types.
+
+    as_text: CSV columns to be read as strings. header: names of the columns of a CSV file that has no header.
+    """
 
     path: Path
     schema: dict[str, pl.DataType]
     as_text: tuple[str, ...] = ()
+    header: tuple[str, ...] = ()
 
     @classmethod
-    def open(cls, path: Path, as_text: Sequence[str] = ()) -> Table:
+    def open(cls, path: Path, as_text: Sequence[str] = (), header: Sequence[str] = ()) -> Table:
         """Read the file's schema. Raises DataError when the file is empty, truncated or unreadable."""
-        table = cls(path, {}, tuple(as_text))
+        table = cls(path, {}, tuple(as_text), tuple(header))
         with readable(path):
             schema = dict(table.scan().collect_schema())
-        return cls(path, schema, tuple(as_text))
+        return replace(table, schema=schema)
 
     @property
     def separator(self) -> str:
@@ -95,7 +99,7 @@ class Table:
         """A CSV table with the types of some columns given, those of the others guessed."""
         return pl.scan_csv(
             self.path, separator=self.separator, try_parse_dates=True, infer_schema_length=INFER_ROWS,
-            schema_overrides=types, glob=False,
+            schema_overrides=types, glob=False, has_header=not self.header, new_columns=list(self.header) or None,
         )  # fmt: skip
 
     def read(self) -> pl.DataFrame:
@@ -157,7 +161,7 @@ class Table:
         opener = gzip.open if self.path.name.lower().endswith(".gz") else open
         try:
             with opener(self.path, "rt", encoding="utf-8", errors="replace", newline="") as file:
-                for row, cells in enumerate(csv.reader(file, delimiter=self.separator)):
+                for row, cells in enumerate(csv.reader(file, delimiter=self.separator), 1 if self.header else 0):
                     if len(cells) > len(self.schema):
                         return row
         except (csv.Error, EOFError):  # what is wrong is something else
@@ -168,7 +172,7 @@ class Table:
         """The first cell of a CSV column that is not of the type its first rows suggest; None for Parquet."""
         if table_kind(self.path) != "csv":
             return None
-        texts = Table(self.path, self.schema, tuple(columns))
+        texts = replace(self, as_text=tuple(columns))
         for column in columns:
             text, dtype = pl.col(column), self.schema[column]
             if dtype == pl.String:

@@ -26,7 +26,7 @@ COLOURS = (
     "#000000",
 )  # Okabe and Ito: colour-blind safe
 MARKERS = "osD^vPX"
-BEST_STYLE = {"color": "#777777", "linestyle": "--", "marker": "", "label": BEST_POSSIBLE}
+BEST_STYLE: dict[str, Any] = {"color": "#777777", "linestyle": "--", "marker": "", "label": BEST_POSSIBLE}
 PANEL_INCHES = (5.8, 3.5)
 SQUARE_INCHES = (4.4, 4.0)
 LEAST_PROBABILITY_SHOWN = 1e-5

@@ -91,7 +91,7 @@ def convert_macports(out: Path, source: Path | None = None, options: MacportsOpt
     items = events.select("item_id").unique().sort("item_id")
     items = items.with_columns(category=pl.col("item_id").str.split("/").list.first())
     described = {"source": origin, "max_burst": options.max_burst, "min_user_events": options.min_user_events}
-    return write_dataset(out, "macports", events, items, described)
+    return write_dataset(out, "macports", {"events": events, "items": items}, described)
 
 
 def _read(source: Path) -> pl.DataFrame:

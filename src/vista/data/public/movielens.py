@@ -62,7 +62,8 @@ def convert_movielens(out: Path, source: Path | None = None, options: MovielensO
         ratings, films = _read(source)
         name = source.resolve().name
     described: dict[str, Any] = {"source": name, "exact_times": options.exact_times}
-    return write_dataset(out, "movielens", _events(ratings, options), _items(films), described)
+    tables: dict[str, pl.LazyFrame | pl.DataFrame] = {"events": _events(ratings, options), "items": _items(films)}
+    return write_dataset(out, "movielens", tables, described)
 
 
 def download(variant: str, folder: Path) -> Path:

@@ -53,11 +53,16 @@ class Membership(ThingWorld):
     categories: int = 16
     touched: int = 48  # different things of a user
     zipf: float = 1.0  # the thing of rank r is touched in proportion to r^-zipf
+    copies: int = 0  # of the events: one thing again and again, half-way through the others and before all requests
     p_hit: float = 1.0
     p_miss: float = 0.0
 
     def check(self) -> None:
         self._require_some("touched")
+        most = self.events - 2 * self.requests
+        self.require(
+            0 <= self.copies <= max(most, 0), "copies", f"must lie between 0 and events - 2 x requests ({most})"
+        )
         self.require(self.zipf >= 0, "zipf", "must not be negative")
         for name in ("p_hit", "p_miss"):
             self.require(0 <= getattr(self, name) <= 1, name, "is no probability")
@@ -65,10 +70,13 @@ class Membership(ThingWorld):
     def draw(self, rng: np.random.Generator) -> tuple[Log, Requests]:
         own = rng.permutation(self._num_things)[: self.touched]
         weight = np.cumsum(np.arange(1, self.touched + 1) ** -self.zipf)
-        thing = own[np.searchsorted(weight, rng.random(self.events) * weight[-1], side="right")]
+        place = rng.random(self.events - self.copies) * weight[-1]
+        half = len(place) // 2 if self.copies else 0
+        thing = np.insert(own[np.searchsorted(weight, place, side="right")], half, np.repeat(own[0], self.copies))
         item = self._item_of(rng, thing)
         log = Log.of_views(item, self.category_of(item))
-        num_known = 1 + np.sort(rng.choice(self.events - 1, self.requests, replace=False))
+        first = half + self.copies if self.copies else 1
+        num_known = first + np.sort(rng.choice(self.events - first, self.requests, replace=False))
         is_touched = Counter.of(thing).before(np.arange(self._num_things), num_known[:, None]) > 0
         candidates = draw_distinct(rng, share_out([(is_touched, 0.5), (~is_touched, 0.5)]), self.candidates)
         return log, Requests(num_known, self._item_of(rng, candidates))

@@ -9,12 +9,14 @@ import json
 import tomllib
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from vista.errors import ConfigError, nearest
 
 MODELS = ("vista", "recent", "counts", "mean", "din", "sim", "twin", "sasrec", "hstu")
 WITH_COUNTS = "+counts"  # behind the name of a model
+
+Settings = TypeVar("Settings")  # a frozen dataclass with the parts ``model`` and ``train``
 
 
 @dataclass(frozen=True)
@@ -170,17 +172,16 @@ def _read_toml(file: Path) -> dict[str, Any]:
     return {f"{name}.{key}": value for name, table in tables.items() for key, value in table.items()}
 
 
-def apply(config: Config, values: dict[str, Any], place: str) -> Config:
-    """A config with dotted keys replaced; a value given as text is read as the type of its setting."""
+def apply(config: Settings, values: dict[str, Any], place: str) -> Settings:
+    """Settings in parts ``model`` and ``train`` with dotted keys replaced; text is read as the type of its setting."""
     known = {f"{part}.{f.name}": type(getattr(getattr(config, part), f.name))
              for part in ("model", "train") for f in fields(getattr(config, part))}  # fmt: skip
     for key, value in values.items():
         if key not in known:
             raise ConfigError(f"{place}: unknown setting {key!r}{nearest(key, known)}")
         part, name = key.split(".")
-        config = replace(
-            config, **{part: replace(getattr(config, part), **{name: _typed(key, value, known[key], place)})}
-        )
+        changed = replace(getattr(config, part), **{name: _typed(key, value, known[key], place)})
+        config = replace(config, **{part: changed})  # type: ignore[type-var]
     return config
 
 
@@ -196,8 +197,8 @@ def _typed(key: str, value: Any, kind: type, place: str) -> Any:
     return result
 
 
-def _check(config: Config) -> None:
-    model, train = config.model, config.train
+def check_numbers(model: ModelConfig, train: Any) -> None:
+    """Raise ConfigError for a number below 0, one that is 0 and must not be, and a width that heads do not divide."""
     for part in (model, train):
         for f in fields(part):
             value = getattr(part, f.name)
@@ -206,6 +207,11 @@ def _check(config: Config) -> None:
                 raise ConfigError(f"{f.name} = {value}: must be {'0 or more' if may_be_zero else 'above 0'}")
     if model.width % model.num_heads:
         raise ConfigError(f"width {model.width} is not a multiple of num_heads {model.num_heads}")
+
+
+def _check(config: Config) -> None:
+    model, train = config.model, config.train
+    check_numbers(model, train)
     needed = model.segment_events * (1 + train.max_stale_segments)
     if model.kind == "vista" and model.recent_events < needed:
         raise ConfigError(

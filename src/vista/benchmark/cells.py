@@ -1,4 +1,4 @@
-"""The cells of a benchmark: one model, one seed, one set, trained and evaluated; cached, resumable, within a budget.
+"""The cells of the lifelong benchmark: one model, one seed, one set, trained and evaluated (`vista.benchmark.jobs`).
 
     OUT/SET/data/                   the prepared log
     OUT/SET/ENTRY-SEED-KEY/run/     a run folder as `vista train` writes it
@@ -11,25 +11,21 @@ Cells run seed by seed, so that whatever the budget, all models have had the sam
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from vista.benchmark.entries import Entry
-from vista.benchmark.machine import DISTRIBUTION
+from vista.benchmark.jobs import Job, content_key, run_jobs
 from vista.benchmark.sets import BenchmarkSet
 from vista.checkpoint import Run, load_run, write_text
 from vista.config import Config
 from vista.data.histories import PreparedData
-from vista.errors import DataError
 from vista.evaluation.evaluate import evaluate
 from vista.evaluation.results import Evaluation
 from vista.jobs.summarize import summarize_users
@@ -37,7 +33,6 @@ from vista.models.vista import SequenceModel
 from vista.store.record import encode
 from vista.training.loop import train
 
-KEY_DIGITS = 12
 HISTORY_BYTES = 14  # of one event in prepared data: what a model without a summary must have at hand of each
 NO_LIMIT = 2**62
 SIZED_USERS = 8  # the longest histories, of which records are made to see how large they are
@@ -58,6 +53,15 @@ class Cell:
     steps: int
     num_weights: int
     bytes_per_user: int
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Cell:
+        return cls(**{**values, "evaluation": Evaluation.from_json(values["evaluation"])})
+
+    def scores(self) -> str:
+        """What one line can say of it."""
+        metrics = self.evaluation.metrics
+        return "; ".join(f"{task} NE {m['ne']:.4f} AUC {m['auc']:.4f}" for task, m in metrics.items())
 
 
 @dataclass(frozen=True)
@@ -87,50 +91,25 @@ def run_plan(
     """Run what is not cached; the cells by name of the set. No cell is begun when the budget (0: none) is used up."""
     for entry in plan.entries:
         entry.config(plan.size, 0, plan.training)  # a wrong setting is told before hours of work, not after
-    started = time.monotonic()
     cells: dict[str, list[Cell]] = {one.name: [] for one in plan.sets}
-    for number, (one, entry, seed) in enumerate(plan.order(), 1):
-        data = one.open(out / one.name)
-        config = entry.config(plan.size, seed, plan.training)
-        folder = cell_folder(out, one, data, entry, config)
-        cell = _cached(folder)
-        if cell is None and 0 < time_budget_s <= time.monotonic() - started:
-            say(f"[{number}/{plan.num_cells}] {one.name}, {entry.name}, seed {seed}: left out, the budget is used up")
-            continue
-        if cell is None:
-            say(f"[{number}/{plan.num_cells}] {one.name}, {entry.name}, seed {seed}")
-            cell = _run_cell(data, config, entry, seed, folder)
-        cells[one.name].append(cell)
-        say(_line(number, plan.num_cells, one.name, cell))
+    todo = (_job(plan, one, entry, seed, out) for one, entry, seed in plan.order())
+    for name, cell in run_jobs(todo, plan.num_cells, time_budget_s, say):
+        cells[name].append(cell)
     return cells
 
 
-def _line(number: int, num_cells: int, name: str, cell: Cell) -> str:
-    scores = "; ".join(f"{task} NE {m['ne']:.4f} AUC {m['auc']:.4f}" for task, m in cell.evaluation.metrics.items())
-    return f"[{number}/{num_cells}] {name}, {cell.entry}, seed {cell.seed}: {scores}"
+def _job(plan: Plan, one: BenchmarkSet, entry: Entry, seed: int, out: Path) -> Job[Cell]:
+    data = one.open(out / one.name)
+    config = entry.config(plan.size, seed, plan.training)
+    folder = cell_folder(out, one, data, entry, config)
+    label = f"{one.name}, {entry.name}, seed {seed}"
+    return Job(one.name, label, folder, Cell.from_json, lambda: _run_cell(data, config, entry, seed, folder))
 
 
 def cell_folder(out: Path, one: BenchmarkSet, data: PreparedData, entry: Entry, config: Config) -> Path:
     """Where a cell is kept; named after all that its numbers depend on."""
     key = content_key({"data": data.manifest.checksums, "config": json.loads(config.to_json())})
     return out / one.name / f"{entry.name}-{config.train.seed}-{key}"
-
-
-def content_key(content: dict[str, Any]) -> str:
-    """A hash of content and of this package's version."""
-    text = json.dumps({**content, "vista": version(DISTRIBUTION)}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:KEY_DIGITS]
-
-
-def _cached(folder: Path) -> Cell | None:
-    path = folder / "cell.json"
-    if not path.exists():
-        return None
-    try:
-        values = json.loads(path.read_text())
-        return Cell(**{**values, "evaluation": Evaluation.from_json(values["evaluation"])})
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: not a cell of a benchmark ({error!r}); remove it, and it is run again") from error
 
 
 def _run_cell(data: PreparedData, config: Config, entry: Entry, seed: int, folder: Path) -> Cell:

@@ -168,3 +168,53 @@ def _verdicts(cells: dict[str, list[Any]]) -> str:
 
     found = (judge(name, mine) for name, mine in cells.items() if mine)
     return "\n".join(verdict.sentence() for verdict in found if verdict)
+
+
+@app.command()
+def leave_one_out(
+    events: Annotated[str, typer.Option(help="Event log: Parquet or CSV; file, folder or quoted glob.")],
+    out: Annotated[Path, typer.Option(help="Folder for runs and tables; a second call goes on there.")],
+    user_column: Annotated[str, typer.Option(help="Name of the user id column.")] = "user_id",
+    item_column: Annotated[str, typer.Option(help="Name of the item id column.")] = "item_id",
+    order_column: Annotated[str, typer.Option(help="Name of the column a user's events are sorted by.")] = "timestamp",
+    timestamp_column: Annotated[
+        str | None, typer.Option(help="Name of the time column, for models that read times. Default: none is read.")
+    ] = None,
+    min_events: Annotated[int, typer.Option(help="Users and items with fewer events are left out (k-core).")] = 5,
+    models: Annotated[
+        str, typer.Option(help="Entries, separated by commas: popularity, sasrec, hstu, hstu-large, vista, recent.")
+    ] = "popularity,sasrec,hstu,vista,recent",
+    seeds: Annotated[str, typer.Option(help="Seeds, separated by commas.")] = "0,1,2",
+    max_epochs: Annotated[int, typer.Option(help="Passes over the users at most.")] = 101,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Any other setting of all runs, as in --set train.negatives=512; repeatable."),
+    ] = None,
+    time_budget_s: Annotated[float, typer.Option(help="No run is begun after so many seconds; 0: no limit.")] = 0.0,
+    device: Annotated[str, typer.Option(help="cpu, or cuda where torch has it.")] = "cpu",
+    threads: Annotated[int, typer.Option(min=1, help="Threads of torch.")] = 1,
+) -> None:
+    """The next-item protocol of the literature: each user's last item, ranked among all, beside published numbers.
+
+    Finished runs are kept in OUT and not run again; Ctrl-C keeps the one under way, and the same command goes on.
+    """
+    import torch
+
+    from vista.benchmark.leave_one_out.cells import LeaveOneOutPlan, run_leave_one_out
+    from vista.benchmark.leave_one_out.entries import choose
+    from vista.benchmark.leave_one_out.report import about, write_leave_one_out
+    from vista.cli.train import parse_overrides
+    from vista.data.sequences import SequenceColumns, read_sequences
+
+    torch.set_num_threads(threads)
+    columns = SequenceColumns(user_column, item_column, order_column, timestamp_column)
+    chosen, training = choose(_names(models)), {"train.max_epochs": max_epochs} | parse_overrides(overrides or [])
+    for entry in chosen:
+        entry.config(0, training)
+    sequences = read_sequences(events, columns, min_events)
+    typer.echo(about(sequences))
+    plan = LeaveOneOutPlan(sequences, chosen, _seeds(seeds), training, device)
+    cells = run_leave_one_out(plan, out, time_budget_s, typer.echo)
+    table = write_leave_one_out(plan, cells, out, ["vista", *sys.argv[1:]])
+    typer.echo("\n" + table.to_markdown())
+    typer.echo(f"report: {out / 'leave-one-out.md'}")

@@ -208,6 +208,15 @@ def ndcg_at_k(rank: np.ndarray, k: int) -> float:
     return float(np.where(rank <= k, 1 / np.log2(1.0 + rank), 0.0).mean()) if len(rank) else math.nan
 
 
+def mean_reciprocal_rank(rank: np.ndarray) -> float:
+    """MRR: how near the top the positive stands, over the whole list.
+
+    Source: Voorhees (1999), "The TREC-8 question answering track report".
+    Formula: mean of 1 / rank. Empty: nan. Ties: decided by the rank, see ``positive_rank``.
+    """
+    return float((1 / rank).mean()) if len(rank) else math.nan
+
+
 def ranking_metrics(rank: np.ndarray, ks: Sequence[int] = (1, 10)) -> Metrics:
     """hit_rate_at_k and ndcg_at_k for several k, and the number of ranks: ``hr@10``, ``ndcg@10``, ``num_ranked``."""
     metrics: Metrics = {"num_ranked": len(rank)}

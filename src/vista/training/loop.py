@@ -9,13 +9,10 @@ from __future__ import annotations
 
 import json
 import math
-import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -42,6 +39,7 @@ from vista.evaluation.scoring import score
 from vista.models.batch import Output
 from vista.models.losses import multi_task_loss
 from vista.progress import Progress
+from vista.training.state import pack_optimizers, stop_on_interrupt, under, unpack_optimizers
 
 
 @dataclass
@@ -274,9 +272,7 @@ class Trainer:
     def save(self, step: Step) -> None:
         """Write all that going on needs, in one atomic step."""
         tensors = {f"model.{name}": t for name, t in self.model.state_dict().items()}
-        for index, optimizer in enumerate(self.optimizers):
-            for parameter, state in optimizer.state_dict()["state"].items():
-                tensors |= {f"optimizer.{index}.{parameter}.{k}": torch.as_tensor(v) for k, v in state.items()}
+        tensors |= pack_optimizers(self.optimizers)
         tensors |= {f"carry.{name}": t for name, t in self.carry.state().items()}
         tensors["rng"] = torch.get_rng_state()
         facts = vars(self.position) | {"sums": self.sums, "steps_summed": self.steps_summed}
@@ -290,14 +286,9 @@ class Trainer:
         tensors, facts = read_tensors(path)
         self.sums, self.steps_summed = facts.pop("sums"), facts.pop("steps_summed")
         self.position = Position(**facts)
-        load_weights(self.model, _under("model.", tensors), path)
-        for index, optimizer in enumerate(self.optimizers):
-            state: dict[int, dict[str, Any]] = {}
-            for name, t in _under(f"optimizer.{index}.", tensors).items():
-                parameter, key = name.split(".", 1)
-                state.setdefault(int(parameter), {})[key] = _as_saved(optimizer, key, t)
-            optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-        self.carry.load(_under("carry.", tensors))
+        load_weights(self.model, under("model.", tensors), path)
+        unpack_optimizers(self.optimizers, tensors)
+        self.carry.load(under("carry.", tensors))
         torch.set_rng_state(tensors["rng"])
 
 
@@ -317,33 +308,3 @@ def make_optimizers(model: nn.Module, settings: TrainConfig) -> list[torch.optim
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]
     return optimizers
-
-
-def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-
-
-def _as_saved(optimizer: torch.optim.Optimizer, key: str, value: Tensor) -> Any:
-    # SparseAdam counts its steps in a plain integer, AdamW in a tensor
-    return int(value) if key == "step" and isinstance(optimizer, torch.optim.SparseAdam) else value
-
-
-@contextmanager
-def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
-    """Within it, the first Ctrl-C only sets a flag, so that no step is cut in two; the second interrupts at once."""
-    asked = [False]
-
-    def handle(signum: int, frame: FrameType | None) -> None:
-        if asked[0]:
-            raise KeyboardInterrupt
-        asked[0] = True
-
-    try:
-        previous = signal.signal(signal.SIGINT, handle)
-    except ValueError:  # not the main thread: whoever owns it decides
-        yield lambda: asked[0]
-        return
-    try:
-        yield lambda: asked[0]
-    finally:
-        signal.signal(signal.SIGINT, previous)

@@ -20,6 +20,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -27,18 +28,30 @@ from torch.utils.checkpoint import checkpoint
 
 from vista.models.baselines.base import NUMBERS_PER_PIECE, Baseline, Rows, take, with_absent
 from vista.models.batch import Memory, Requests, TimelineBatch
-from vista.models.inputs import Events, ragged_index
+from vista.models.embeddings import GAP_BUCKETS
+from vista.models.inputs import US_PER_S, Events, ragged_index
 
 BLOCK_ROWS = 256  # query rows at a time
+BUCKET_STARTS_US = torch.tensor([0, *(US_PER_S * (2**b - 1) for b in range(1, GAP_BUCKETS - 1))])
 
 
 @dataclass(frozen=True)
 class Stretches:
-    """B stretches of events: timestamp_us (B, n), is_there (B, n); a row sees the ``reach`` rows up to itself."""
+    """B stretches of events: timestamp_us (B, n), is_there (B, n); a row sees the ``reach`` rows up to itself.
+
+    asked_us (B, n): the time from which a row looks back; None: its own. keeps: intermediates are kept for the gradient
+    instead of being made again, and blocks from layer to layer; for stretches whose pairs of rows fit into memory.
+    """
 
     timestamp_us: Tensor
     is_there: Tensor
     reach: int
+    asked_us: Tensor | None = None
+    keeps: bool = False
+
+    @cached_property
+    def kept_blocks(self) -> list[Block]:
+        return list(Block.all_of(self))
 
 
 @dataclass(frozen=True)
@@ -53,6 +66,20 @@ class Block:
     keys: slice
     distance: Tensor
     is_seen: Tensor
+    of: Stretches
+
+    @property
+    def time_bucket(self) -> Tensor:
+        """(B, rows, keys): the bucket of the time from each key to the moment from which a row looks back."""
+        return self._kept_time_bucket if self.of.keeps else self._make_time_bucket()
+
+    @cached_property
+    def _kept_time_bucket(self) -> Tensor:
+        return self._make_time_bucket()
+
+    def _make_time_bucket(self) -> Tensor:
+        asked_us = self.of.timestamp_us if self.of.asked_us is None else self.of.asked_us
+        return time_bucket(asked_us[:, self.rows, None] - self.of.timestamp_us[:, None, self.keys])
 
     @classmethod
     def all_of(cls, of: Stretches, first: int = 0) -> Iterator[Block]:
@@ -65,19 +92,21 @@ class Block:
             distance = place[rows, None] - place[None, keys]
             within = (distance >= 0) & (distance < of.reach)
             is_seen = (within & of.is_there[:, None, keys]) | (distance == 0)
-            yield cls(rows, keys, distance.clamp(0, of.reach - 1), is_seen[:, None])
+            yield cls(rows, keys, distance.clamp(0, of.reach - 1), is_seen[:, None], of)
 
 
 def attend_in_blocks(attend: Callable[[Block], Tensor], of: Stretches, first: int = 0) -> Tensor:
     """``attend`` gives (B, H, rows, E) of one block; all of them from row ``first`` on, (B, H, n - first, E)."""
-    recomputes = torch.is_grad_enabled()
+    recomputes = torch.is_grad_enabled() and not of.keeps
+    blocks = of.kept_blocks if of.keeps and not first else Block.all_of(of, first)
     return torch.cat(
-        [
-            checkpoint(attend, block, use_reentrant=False) if recomputes else attend(block)
-            for block in Block.all_of(of, first)
-        ],
-        2,
+        [checkpoint(attend, block, use_reentrant=False) if recomputes else attend(block) for block in blocks], 2
     )
+
+
+def time_bucket(apart_us: Tensor) -> Tensor:
+    """What ``gap_bucket`` gives for times of 0 and more, in one pass: this is made for every pair of rows."""
+    return torch.bucketize(apart_us, BUCKET_STARTS_US.to(apart_us.device), out_int32=True, right=True)
 
 
 class CausalBaseline(Baseline):

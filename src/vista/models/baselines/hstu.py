@@ -23,6 +23,8 @@ width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm, silu
@@ -32,13 +34,11 @@ from vista.models.baselines.base import Rows, age_bucket, is_same_item
 from vista.models.baselines.causal import Block, CausalBaseline, Stretches, attend_in_blocks
 from vista.models.batch import Requests
 from vista.models.embeddings import GAP_BUCKETS
-from vista.models.inputs import US_PER_S
-from vista.models.layers import join_heads, norm, split_heads
+from vista.models.layers import join_heads, norm, small_lookup, split_heads
 from vista.models.ranker import SAME_ITEM_LOGIT
 
 NORM_EPSILON = 1e-6  # of LayerNorm, the authors'
 AT_ONCE = 1  # the bucket of a difference of no time
-BUCKET_STARTS_US = torch.tensor([0, *(US_PER_S * (2**b - 1) for b in range(1, GAP_BUCKETS - 1))])
 
 
 class HSTULayer(nn.Module):
@@ -65,18 +65,17 @@ class HSTULayer(nn.Module):
         """x + f_2(norm(attended) * U)."""
         return x + self.dropout(self.out(_layer_norm(attended) * u))
 
-    def forward(self, x: Tensor, parts: tuple[Tensor, Tensor, Tensor, Tensor], of: Stretches) -> Tensor:
-        """History rows (B, n, D) with their U, V, Q, K, to the rows of the next layer."""
+    def forward(self, x: Tensor, parts: tuple[Tensor, Tensor, Tensor, Tensor], of: Stretches, first: int = 0) -> Tensor:
+        """History rows (B, n, D) with their U, V, Q, K, to the next layer's from ``first`` on, (B, n - first, D)."""
         u, v, q, k = parts[0], *(split_heads(t, self.config.num_heads) for t in parts[1:])
 
         def attend(block: Block) -> Tensor:
             logits = q[:, :, block.rows] @ k[:, :, block.keys].transpose(-2, -1)
-            apart_us = of.timestamp_us[:, block.rows, None] - of.timestamp_us[:, None, block.keys]
-            by_time = self.time(time_bucket(apart_us)).permute(0, 3, 1, 2)
+            by_time = small_lookup(self.time.weight, block.time_bucket).transpose(0, 1)
             logits = logits + (self.distance(block.distance).permute(2, 0, 1) + by_time)
             return self._weigh(logits, block.is_seen).to(v.dtype) @ v[:, :, block.keys]
 
-        return self.finish(x, join_heads(attend_in_blocks(attend, of)), u)
+        return self.finish(x[:, first:], join_heads(attend_in_blocks(attend, of, first)), u[:, first:])
 
     def read(self, x: Tensor, history: tuple[Tensor, Tensor], requests: Requests, age: Tensor) -> Tensor:
         """Candidate rows (Q, C, D), values and keys of the history (Q, R, D) and ages (Q, R), to the next layer's."""
@@ -96,9 +95,11 @@ class HSTULayer(nn.Module):
         return silu(logits) * is_seen / self.config.history_events
 
 
-def time_bucket(apart_us: Tensor) -> Tensor:
-    """What ``gap_bucket`` gives for times of 0 and more, in one pass: this is made for every pair of rows."""
-    return torch.bucketize(apart_us, BUCKET_STARTS_US.to(apart_us.device), out_int32=True, right=True)
+def encode_rows(layers: Sequence[HSTULayer], x: Tensor, of: Stretches, first: int = 0) -> Tensor:
+    """Event vectors (B, n, D) through all layers, the rows from ``first`` on: (B, n - first, D)."""
+    for layer in layers[:-1]:
+        x = layer(x, layer.split(x), of)
+    return layers[-1](x, layers[-1].split(x), of, first)
 
 
 def _layer_norm(x: Tensor) -> Tensor:

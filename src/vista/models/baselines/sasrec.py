@@ -16,6 +16,8 @@ E head width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -58,6 +60,13 @@ class SASRecBlock(nn.Module):
         return x + self.dropout(self.second(self.dropout(self.first(h).relu())))
 
 
+def encode_rows(blocks: Sequence[SASRecBlock], x: Tensor, of: Stretches, first: int = 0) -> Tensor:
+    """Event vectors (B, n, D) through all blocks, the rows from ``first`` on: (B, n - first, D)."""
+    for block in blocks[:-1]:
+        x = block(x, of)
+    return blocks[-1](x, of, first)
+
+
 class SASRec(CausalBaseline):
     """Cost of a request: encoding R rows, R^2 D per block; then C x D."""
 
@@ -74,9 +83,7 @@ class SASRec(CausalBaseline):
         return self.head(read, candidate_x, requests) + self.scale * score
 
     def encode(self, x: Tensor, of: Stretches) -> Rows:
-        for block in self.blocks:
-            x = block(x, of)
-        return (self.last_norm(x),)
+        return (self.last_norm(encode_rows(self._blocks, x, of)),)
 
     def read(self, rows: Rows, requests: Requests, candidate_x: Tensor) -> Tensor:
         if self.training:
@@ -97,7 +104,8 @@ class SASRec(CausalBaseline):
     def _encode_newest(self, x: Tensor, requests: Requests) -> Tensor:
         """As ``encode``, (Q, 1, D): in the last block the newest row alone, since nobody reads the others."""
         of = Stretches(requests.recent_us, requests.recent >= 0, self.config.history_events)
-        *others, last = self.blocks
-        for block in others:
-            x = block(x, of)
-        return self.last_norm(last(x, of, x.shape[1] - 1))
+        return self.last_norm(encode_rows(self._blocks, x, of, x.shape[1] - 1))
+
+    @property
+    def _blocks(self) -> list[SASRecBlock]:
+        return list(self.blocks)  # type: ignore[arg-type]

@@ -149,6 +149,16 @@ def _sets(own: dict[str, Any], worlds: str | None) -> list[Any]:
     return sets + world_sets(names, seed=0)
 
 
+def _check_device(device: str) -> None:
+    """Raises ConfigError for a device that is unknown or not there."""
+    import torch
+
+    from vista.errors import ConfigError
+
+    if device != "cpu" and not (device.partition(":")[0] == "cuda" and torch.cuda.is_available()):
+        raise ConfigError(f"--device {device!r}: cpu, or cuda where torch has a GPU (vista doctor says so); use cpu")
+
+
 def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
@@ -206,6 +216,7 @@ def leave_one_out(
     from vista.cli.train import parse_overrides
     from vista.data.sequences import SequenceColumns, read_sequences
 
+    _check_device(device)
     torch.set_num_threads(threads)
     columns = SequenceColumns(user_column, item_column, order_column, timestamp_column)
     chosen, training = choose(_names(models)), {"train.max_epochs": max_epochs} | parse_overrides(overrides or [])

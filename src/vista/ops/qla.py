@@ -111,14 +111,15 @@ class SegmentOrder:
     @classmethod
     def of(cls, num_segments: Tensor) -> SegmentOrder:
         """From the number of segments of each user, (B,) int64, segments lying user after user."""
+        device = num_segments.device
         num_segments = num_segments.to(torch.int64).cpu()
         first = num_segments.cumsum(0) - num_segments
         steps, users = [], []
         for j in range(int(num_segments.max()) if len(num_segments) else 0):
             active = (num_segments > j).nonzero().squeeze(1)
-            steps.append(first[active] + j)
-            users.append(active)
-        user = torch.repeat_interleave(torch.arange(len(num_segments)), num_segments)
+            steps.append((first[active] + j).to(device))
+            users.append(active.to(device))
+        user = torch.repeat_interleave(torch.arange(len(num_segments)), num_segments).to(device)
         return cls(user, len(num_segments), tuple(steps), tuple(users))
 
     def scan(

@@ -21,8 +21,9 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from vista.benchmark.cells import Cell, Plan, bytes_per_user, cell_folder, content_key
+from vista.benchmark.cells import Cell, Plan, bytes_per_user, cell_folder
 from vista.benchmark.entries import Entry
+from vista.benchmark.jobs import content_key
 from vista.benchmark.sets import CODEC, Axis, BenchmarkSet, world_of
 from vista.checkpoint import Run, load_run, write_text
 from vista.data.histories import PreparedData

@@ -56,4 +56,6 @@ def small_lookup(weight: Tensor, index: Tensor) -> Tensor:
     ``nn.Embedding`` gives the same; on a CPU its gradient adds up row by row, eighteen times as slow with one head.
     """
     flat = index.flatten()
-    return torch.stack([column.index_select(0, flat) for column in weight.unbind(1)]).view(weight.shape[1], *index.shape)
+    return torch.stack([column.index_select(0, flat) for column in weight.unbind(1)]).view(
+        weight.shape[1], *index.shape
+    )

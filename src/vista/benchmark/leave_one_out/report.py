@@ -7,20 +7,16 @@ OUT/results.json         all cells
 from __future__ import annotations
 
 import json
-import platform
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from vista.benchmark.machine import DISTRIBUTION
 from vista.benchmark.leave_one_out.cells import LeaveOneOutPlan, NextItemCell
 from vista.benchmark.leave_one_out.entries import PUBLISHED_SET, Entry
 from vista.benchmark.leave_one_out.training import CHOSEN_BY, load_curve
+from vista.benchmark.machine import machine, versions
 from vista.checkpoint import write_text
 from vista.data.sequences import Sequences
 from vista.evaluation.metrics import mean_and_standard_error
@@ -40,12 +36,7 @@ def write_leave_one_out(
     table = results_table(plan.sequences, cells)
     under_way = curves_table(plan, cells, out)
     lines = ["# Leave-one-out", "", f"Command: `{shlex.join(command)}`", "", about(plan.sequences), "", _note(plan), ""]
-    lines += [
-        f"vista {version(DISTRIBUTION)}, torch {torch.__version__}, Python {platform.python_version()}, "
-        f"{platform.machine()}, {torch.get_num_threads()} thread(s), {plan.device}.",
-        "",
-        table.to_markdown(),
-    ]
+    lines += [f"{versions()}, {plan.device}.", "", f"{machine()}.", "", table.to_markdown()]
     if under_way.rows:
         lines += [f"## {under_way.title}", "", under_way.to_markdown()]
     write_text(out / "leave-one-out.md", "\n".join(lines))

@@ -11,7 +11,13 @@ import pytest
 from tests.models.worlds import NUM_ITEMS, catalogue
 from vista.data.histories import Histories, Impressions
 from vista.data.popularity import (
-    NEVER_S, US_PER_DAY, WINDOWS_S, Popularity, PopularityFeatures, _levels, popularity_table,
+    NEVER_S,
+    US_PER_DAY,
+    WINDOWS_S,
+    Popularity,
+    PopularityFeatures,
+    _levels,
+    popularity_table,
 )  # fmt: skip
 
 CATALOGUE = catalogue()

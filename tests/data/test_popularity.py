@@ -1,4 +1,4 @@
-"""Popularity: both forms beside a definition in plain loops, and nothing later than the last table reaches a request."""
+"""Popularity: both forms beside a definition in plain loops, and no later event reaches a request than its table has."""
 
 from __future__ import annotations
 

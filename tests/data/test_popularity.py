@@ -1,4 +1,4 @@
-"""Popularity: both forms beside a definition in plain loops, and no later event reaches a request than its table has."""
+"""Popularity: both forms beside a definition in plain loops; of what comes after its table a request knows nothing."""
 
 from __future__ import annotations
 

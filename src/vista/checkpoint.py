@@ -6,10 +6,12 @@
       catalogue.safetensors   a copy of the data's catalogue: a run serves without its data
       model.safetensors       the best weights by validation NE; written in one atomic step
       training.safetensors    everything needed to go on training: weights, optimizers, position, carried memory
+      popularity.safetensors  where the model reads it: how popular items are; remade by every vista summarize
       log.jsonl               one line per validation
       tensorboard/
 
-The *model version* is a hash of weights, config and catalogue: the same content has the same version wherever it is.
+The *model version* is a hash of weights, config and catalogue, not of the popularity, which changes: the same content
+has the same version wherever it is.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -33,6 +36,8 @@ from vista.models.embeddings import ItemTables
 from vista.models.model import Model
 from vista.models.vista import SequenceModel, make_model
 from vista.schema import ContextColumn, Manifest
+
+POPULARITY = "popularity.safetensors"
 
 
 @dataclass(frozen=True)
@@ -113,6 +118,22 @@ class Run:
     def ranker(self) -> Any:
         return self.sequence_model.ranker
 
+    def read_popularity(self) -> Tensor | None:
+        """The table (I, F) of how popular items are, None where the model reads none.
+
+        Raises CheckpointError when the file is not there, or is one of other items.
+        """
+        if not self.config.model.has_popularity:
+            return None
+        path = self.folder / POPULARITY
+        if not path.exists():
+            raise CheckpointError(f"{path} is not there; vista summarize makes it from the data")
+        table = read_tensors(path)[0].get("popularity")
+        shape = (self.catalogue.num_indices, len(self.schema.count_features))
+        if table is None or table.shape != shape:
+            raise CheckpointError(f"{path}: a table of shape {_shape(table)}, not {shape}; run vista summarize")
+        return table
+
     def check_data(self, manifest: Manifest, catalogue: Catalogue, folder: Path) -> None:
         """Raise CheckpointError for data whose items, actions or tasks mean something else than the model's."""
         pairs = {
@@ -134,6 +155,11 @@ def start_run(folder: Path, config: Config, schema: ModelSchema, catalogue: Cata
     catalogue.save(folder / "catalogue.safetensors")
     write_text(folder / "schema.json", schema.to_json())
     write_text(folder / "config.json", config.to_json())
+
+
+def write_popularity(folder: Path, table: np.ndarray, at_us: int) -> None:
+    """Put the table (I, F) of popularity as of a moment into a run folder, in one atomic step."""
+    write_tensors(folder / POPULARITY, {"popularity": torch.from_numpy(table)}, {"at_us": at_us})
 
 
 def load_run(folder: Path | str, device: str = "cpu") -> Run:

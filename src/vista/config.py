@@ -36,7 +36,8 @@ class ModelConfig:
     num_seeds: int = 64  # [K] summary tokens per user
     width: int = 64  # [D]
     num_heads: int = 4  # [H]; the head width E is width / num_heads
-    sketch_slots: int = 0  # slots of the sketch's tables (exact counts beside the summary, read per candidate); 0: none
+    sketch_slots: int = 0  # items the sketch has room for (exact counts beside the summary, per candidate); 0: none
+    popularity_days: int = 30  # beside a sketch: days between two tables of how popular items are; 0: none
     recent_events: int = 128  # [R] newest raw events given to the ranker; at least the largest staleness in events
     history_events: int = 1024  # [R] newest raw events that models without a summary (docs/baselines.md) read
     top_k: int = 128  # models sim and twin: events that the search leaves to the exact stage
@@ -63,6 +64,11 @@ class ModelConfig:
     def has_sketch(self) -> bool:
         """Whether the state holds exact counts beside the memory."""
         return self.kind == "vista" and self.num_seeds > 0 and self.scope != "full" and self.sketch_slots > 0
+
+    @property
+    def has_popularity(self) -> bool:
+        """Whether candidates come with the popularity that the run's table has; exact counts have it themselves."""
+        return self.has_sketch and not self.with_counts and self.popularity_days > 0
 
     @property
     def raw_events(self) -> int:
@@ -228,4 +234,5 @@ def _check(config: Config) -> None:
 _MAY_BE_ZERO = {
     "seed", "time_budget_s", "max_stale_segments", "weight_decay", "warmup_steps",
     "reconstruction_weight", "dropout", "num_seeds", "count_last_events", "sketch_slots",
+    "popularity_days",
 }  # fmt: skip

@@ -21,7 +21,7 @@ from vista.models.summarizer import UserState
 from vista.models.vista import SequenceModel
 from vista.store.record import Record, Stored, user_key
 
-SKETCH_ARRAYS = ("sketch_slot", "sketch_sums", "sketch_last", "sketch_clock")
+SKETCH_ARRAYS = ("sketch_slot", "sketch_entries", "sketch_decayed", "sketch_clock")
 RECENT_TYPES = {"item": np.int32, "action": np.int16, "timestamp_us": np.int64, "gap_us": np.int64}
 
 
@@ -30,15 +30,16 @@ def to_records(model: SequenceModel, state: UserState, user_ids: list[Any], vers
     """The tokens and state records of B users, two per user, with the tokens as of each newest closed border."""
     tokens = model.state_tokens(state).float().numpy()
     sketch = state.memory[-1][0] if model.sketch is not None else ()
-    memory = [t.numpy() for t in flatten(state.memory)]
+    memory = [t.numpy() for t in flatten(state.memory[:-1] if sketch else state.memory)]
     newest = model.config.recent_events
     records = []
     for row, user in enumerate(user_ids):
         held = state.recent.item[row] > 0
         kept = {f"recent_{n}": getattr(state.recent, n)[row, held].numpy().astype(t) for n, t in RECENT_TYPES.items()}
         hot = {name: array[-newest:] for name, array in kept.items()} | {"tokens": tokens[row]}
-        hot |= sketch_arrays(tuple(t[row] for t in sketch))
-        cold = kept | {f"memory_{i}": t[row] for i, t in enumerate(memory)}
+        facts_held = sketch_arrays(tuple(t[row] for t in sketch))
+        hot |= facts_held
+        cold = kept | {f"memory_{i}": t[row] for i, t in enumerate(memory)} | facts_held
         cold["first_us"] = state.progress.first_us[row : row + 1].numpy()
         facts = (user_key(user), int(state.progress.last_us[row]), int(state.progress.num_events[row]))
         records += [Record("tokens", version, *facts, hot), Record("state", version, *facts, cold)]
@@ -54,14 +55,17 @@ def from_records(model: SequenceModel, records: list[Record | None]) -> UserStat
     held = max((len(r.arrays["recent_item"]) for r in records if r is not None), default=0)
     recent = Recent.empty(len(records), max(held, initial.recent.item.shape[1]))
     memory = [t.clone() for t in flatten(initial.memory)]
+    sketch = unflatten(memory, initial.memory)[-1][0] if model.sketch is not None else ()
     for row, record in enumerate(records):
         if record is None:
             continue
         progress.num_events[row], progress.last_us[row] = record.num_events, record.as_of_us
         progress.first_us[row] = int(record.arrays["first_us"][0])
         fill_recent(recent, row, record)
-        for i, tensor in enumerate(memory):
+        for i, tensor in enumerate(memory[: len(memory) - len(sketch)]):
             tensor[row] = torch.from_numpy(record.arrays[f"memory_{i}"].copy())
+        if sketch:
+            fill_sketch(sketch, row, record)
     return UserState(progress, recent, unflatten(memory, initial.memory))
 
 
@@ -74,12 +78,12 @@ def fill_recent(recent: Recent, row: int, record: Record | Stored) -> None:
 
 
 def sketch_arrays(sketch: Running) -> dict[str, np.ndarray]:
-    """One user's sketch as a record holds it: the slots that any event has met, and the clock."""
+    """One user's sketch as a record holds it: the slots that have an entry, and the clock."""
     if not sketch:
         return {}
-    sums, last, clock = (t.numpy() for t in sketch)
-    slot = np.flatnonzero(sums[:, 0])
-    values = (slot.astype(np.int32), sums[slot].astype(np.float32), last[slot], clock)
+    entries, decayed, clock = (t.numpy() for t in sketch)
+    slot = np.flatnonzero(entries[:, 0])
+    values = (slot.astype(np.int32), entries[slot], decayed[slot].astype(np.float32), clock)
     return dict(zip(SKETCH_ARRAYS, values, strict=True))
 
 
@@ -88,8 +92,8 @@ def fill_sketch(sketch: Running, row: int, record: Record | Stored) -> None:
     missing = [name for name in SKETCH_ARRAYS if name not in record.arrays]
     if missing:
         raise RecordError(f"no {missing[0]} in a record of a model with a sketch; summarize the user again")
-    slot, sums, last, clock = (record.arrays[name] for name in SKETCH_ARRAYS)
-    for tensor, values in zip(sketch, (sums, last), strict=False):
+    slot, entries, decayed, clock = (record.arrays[name] for name in SKETCH_ARRAYS)
+    for tensor, values in zip(sketch, (entries, decayed), strict=False):
         tensor.numpy()[row, slot] = values
     sketch[2].numpy()[row] = clock
 

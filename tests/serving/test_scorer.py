@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from tests.models.worlds import NUM_ACTIONS, NUM_ITEMS, catalogue, histories, model_config
-from vista.checkpoint import ModelSchema, Run
-from vista.config import Config
-from vista.errors import RecordError, StoreError
+from vista.checkpoint import ModelSchema, Run, write_popularity
+from vista.config import Config, resolve
+from vista.errors import CheckpointError, RecordError, StoreError
 from vista.models.embeddings import ItemTables
+from vista.models.sketch import FEATURE_SLOTS, Sketch
 from vista.models.vista import make_model
 from vista.records import to_records
 from vista.schema import ContextColumn
@@ -33,7 +34,7 @@ def make_run(
     context: tuple[ContextColumn, ...] = (), version: str = VERSION, seed: int = 0, sketch_slots: int = 0
 ) -> Run:
     """A run with random weights, none of them zero."""
-    config, items = model_config(sketch_slots=sketch_slots), catalogue()
+    config, items = model_config(sketch_slots=sketch_slots, popularity_days=0), catalogue()
     torch.manual_seed(seed)
     model = make_model(config, ItemTables.of(items), NUM_ACTIONS, 2, context, 0).eval()
     with torch.no_grad():
@@ -86,7 +87,7 @@ def test_reads_what_was_stored(store):
     assert torch.equal(found.tokens[5:], RUN.sequence_model.empty_summary(1))
 
 
-@pytest.mark.parametrize("slots", [9, 64])
+@pytest.mark.parametrize("slots", [8, 64])
 def test_a_sketch_is_stored_with_the_tokens(store, slots):
     """Scores are those of the state itself, whatever the codec does to the tokens; a cold start has an empty one."""
     run = make_run(sketch_slots=slots)
@@ -107,7 +108,7 @@ def test_a_sketch_is_stored_with_the_tokens(store, slots):
 def test_a_record_without_the_sketch_a_model_needs_is_refused(store):
     put(store, records(RUN))
     with pytest.raises(RecordError, match="no sketch_slot in a record"):
-        Scorer(make_run(sketch_slots=9), store).read(["anna"])
+        Scorer(make_run(sketch_slots=8), store).read(["anna"])
 
 
 @pytest.mark.parametrize("codec", CODECS)
@@ -265,3 +266,48 @@ def test_tokens_of_another_shape_are_refused(store, shape):
     put(store, [replace(tokens, arrays=tokens.arrays | {"tokens": np.zeros(shape, np.float32)})])
     with pytest.raises(StoreError, match=rf"user 'anna': tokens of shape \({shape[0]}, {shape[1]}\).*are \(4, 12\)"):
         Scorer(RUN, store).read(["anna"])
+
+
+def test_popularity_comes_from_the_runs_table(store, tmp_path):
+    """Each candidate is scored with its row; without the file, or with that of other items, there is no scorer."""
+    config = model_config(sketch_slots=8)
+    names, num_items = ("a", "b"), catalogue().num_indices
+    torch.manual_seed(0)
+    model = make_model(config, ItemTables.of(catalogue()), NUM_ACTIONS, 2, (), len(names)).eval()
+    schema = ModelSchema(("click", "like"), ("a", "b", "c"), (), catalogue().fingerprint, names)
+    run = Run(tmp_path, Config(model=config), schema, catalogue(), model, VERSION)
+    with pytest.raises(CheckpointError, match="vista summarize makes it"):
+        Scorer(run, store)
+    write_popularity(tmp_path, np.zeros((num_items + 1, 2), np.float32), 0)
+    with pytest.raises(CheckpointError, match="a table of shape"):
+        Scorer(run, store)
+    table = np.random.default_rng(0).normal(size=(num_items, 2)).astype(np.float32)
+    write_popularity(tmp_path, table, 0)
+    found = Scorer(run, store).rank(["nobody"], [[0, 5, 11]], AT_US)[0].probability
+    candidate = torch.from_numpy(run.catalogue.encode([0, 5, 11]).astype(np.int64))[None]
+    state = model.init_state(1)
+    facts = (state.recent, state.progress.num_events, torch.tensor([AT_US]), candidate)
+    with torch.no_grad():
+        tokens, sketch = model.empty_summary(1), model.init_sketch(1)
+        counts = torch.from_numpy(table)[candidate]
+        expected, other = (
+            model.rank_users(tokens, *facts, sketch=sketch, counts=c).sigmoid()[0].numpy() for c in (counts, counts * 0)
+        )
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    assert np.abs(expected - other).max() > 1e-3
+
+
+@pytest.mark.parametrize(("size", "slots"), [("tiny", 1664), ("small", 1024)])
+def test_a_full_sketch_keeps_a_state_below_64_kilobytes(size, slots):
+    """The sizes that docs/record-format.md names, with one category column, every slot taken and all events held."""
+    config = resolve(size, overrides={"model.sketch_slots": slots, "model.popularity_days": 0}).model
+    items = catalogue()
+    model = make_model(config, ItemTables.of(items), NUM_ACTIONS, 1, (), 0)
+    assert model.sketch is not None
+    sketch = Sketch(slots, slots + 1, (FEATURE_SLOTS,))  # more items than slots, as many categories as a level holds
+    state = model.extend(model.init_state(1), histories([config.recent_events + 7]))
+    entries, decayed, clock = sketch.initial(1)
+    full = (torch.ones_like(entries), torch.ones_like(decayed), clock)
+    state = replace(state, memory=(*state.memory[:-1], (full,)))
+    stored = {record.kind: encode(record) for record in to_records(model, state, [1234567], VERSION)}
+    assert 32 * (slots + FEATURE_SLOTS) < len(stored["state"]) <= 65_536

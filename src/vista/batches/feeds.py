@@ -8,14 +8,19 @@ from vista.batches.timelines import Feed
 from vista.config import Config
 from vista.data.counts import CountFeatures
 from vista.data.histories import PreparedData
+from vista.data.popularity import PopularityFeatures
 
 
 def make_feed(data: PreparedData, config: Config, split: str) -> tuple[Feed, tuple[str, ...]]:
-    """The feed of one split, with count features where the model reads them."""
-    impressions = data.impressions(split)
-    if not config.model.with_counts:
+    """The feed of one split, with count features where the model reads them, and their names."""
+    impressions, model = data.impressions(split), config.model
+    counts: CountFeatures | PopularityFeatures
+    if model.with_counts:
+        counts = CountFeatures.of(data, impressions, model.count_last_events or None)
+    elif model.has_popularity:
+        counts = PopularityFeatures.of(data, impressions, model.popularity_days)
+    else:
         return Feed(data.histories, impressions, config), ()
-    counts = CountFeatures.of(data, impressions, config.model.count_last_events or None)
     return Feed(data.histories, impressions, config, count_features=counts), counts.feature_names
 
 

@@ -21,6 +21,7 @@ import numpy as np
 
 from vista.catalogue import Catalogue
 from vista.data.histories import Histories, Impressions, PreparedData
+from vista.data.popularity import NEVER_S, Popularity
 from vista.errors import ConfigError
 from vista.progress import Progress
 
@@ -28,7 +29,6 @@ NEVER = -1  # distance of an item the user has not met
 HALF_LIVES_S = {"1h": 3600.0, "1d": 86_400.0, "1w": 604_800.0, "30d": 2_592_000.0, "1y": 31_557_600.0}
 # "Never" must lie beyond every true distance, or a model could take it for a long time ago.
 NEVER_EVENTS = 1e7  # ten times the longest history that ``vista prepare`` keeps by default
-NEVER_S = 1e10  # three centuries
 US_PER_S = 1e6
 BLOCK_ROWS = 2_000_000  # events + impressions handled at once: about half a gigabyte of temporary arrays
 
@@ -163,33 +163,6 @@ class UserItemIndex:
 
 
 @dataclass(frozen=True)
-class Popularity:
-    """How often each key was met by anyone before a moment.
-
-    moments (N,) int64 ascending: all timestamps; code (N,) ascending: key * (N + 1) + rank of the timestamp in moments.
-    """
-
-    moments: np.ndarray
-    code: np.ndarray
-    key_of_item: np.ndarray | None = None
-
-    @classmethod
-    def of(cls, histories: Histories, key_of_item: np.ndarray | None = None) -> Popularity:
-        item = np.asarray(histories.item, np.int64)
-        key = item if key_of_item is None else np.asarray(key_of_item[item], np.int64)
-        moments = np.sort(np.asarray(histories.timestamp_us, np.int64))
-        rank = np.searchsorted(moments, histories.timestamp_us)  # the same for equal times, so that "before" is strict
-        return cls(moments, np.sort(key * (len(moments) + 1) + rank), key_of_item)
-
-    def count(self, shown: Shown) -> np.ndarray:
-        """Events of all users with the key of each item shown, strictly before the request, (C,) int64."""
-        key = shown.item if self.key_of_item is None else np.asarray(self.key_of_item[shown.item], np.int64)
-        base = key * (len(self.moments) + 1)
-        now = base + np.searchsorted(self.moments, shown.timestamp_us)
-        return np.where(key > 0, np.searchsorted(self.code, now) - np.searchsorted(self.code, base), 0)
-
-
-@dataclass(frozen=True)
 class CountFeatures:
     """The count features of every impression of a split: matrix (C, F) float32, and the names of its columns.
 
@@ -235,7 +208,7 @@ def count_features(
             columns = [np.log1p(known)]
             for (_, keys), popular in zip(levels, popularity, strict=True):
                 columns += _level_features(UserItemIndex.of(histories, users, keys), shown, last_events)
-                columns.append(np.log1p(popular.count(shown)))
+                columns.append(np.log1p(popular.count(shown.item, shown.timestamp_us)))
             matrix[impressions.offsets[first] : impressions.offsets[end]] = np.stack(columns, 1)
             progress.advance(end - first)
     return CountFeatures(matrix, names)

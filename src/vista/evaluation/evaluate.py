@@ -14,6 +14,7 @@ from vista.batches.timelines import Feed, MemoryCarry, TimelineWalk
 from vista.checkpoint import Run
 from vista.data.counts import last_met
 from vista.data.histories import Impressions, PreparedData
+from vista.data.popularity import PopularityFeatures
 from vista.errors import ConfigError
 from vista.evaluation.metrics import Metrics, positive_rank, ranking_metrics
 from vista.evaluation.results import Evaluation
@@ -124,7 +125,11 @@ def rank_catalogue(run: Run, feed: Feed, quiet: bool = False) -> Metrics:
             chosen = (is_positive.sum(1) == 1).nonzero().squeeze(1)
             positive = batch.requests.candidate.gather(1, is_positive.long().argmax(1, keepdim=True)).squeeze(1)
             for rows in chosen.split(max(1, RANKED_AT_ONCE // len(items))):
-                logits = model.rank(prepared, with_candidates(batch.requests, rows, items))[..., 0].double()
+                requests = with_candidates(batch.requests, rows, items)
+                if isinstance(feed.count_features, PopularityFeatures):
+                    tables = [feed.count_features.of_all_items(int(us)) for us in requests.timestamp_us]
+                    requests = replace(requests, counts=torch.from_numpy(np.stack(tables))[:, items])
+                logits = model.rank(prepared, requests)[..., 0].double()
                 column = (positive[rows] - run.catalogue.first_item)[:, None]
                 of_positive = logits.gather(1, column).squeeze(1)
                 others = logits.scatter(1, column, -torch.inf)
@@ -136,4 +141,4 @@ def rank_catalogue(run: Run, feed: Feed, quiet: bool = False) -> Metrics:
 def with_candidates(requests: Requests, rows: torch.Tensor, items: torch.Tensor) -> Requests:
     """Some requests, each with all ``items`` (n,) as candidates."""
     context = torch.full((len(rows), len(items), requests.context.shape[-1]), torch.nan)
-    return replace(requests.rows(rows), candidate=items.expand(len(rows), -1), context=context)
+    return replace(requests.rows(rows), candidate=items.expand(len(rows), -1), context=context, counts=None)

@@ -5,7 +5,8 @@
 3. the files are swapped                                                       (`vista.data.forget` has 1 to 3)
 4. in every model version, the users' records are made anew from what is left of their histories, or deleted
 5. the store is compacted: no byte of the old records stays in its files
-6. histories and records are compared with what a history gives that never had the events
+6. histories and records are compared with what a history gives that never had the events; the runs' popularity is
+   made anew
 7. the journal is removed
 
 Steps 3 to 7 can be done again from any point, and are, by the next call: the journal holds all they need.
@@ -27,7 +28,7 @@ from vista.data.forget import Selection
 from vista.data.histories import Histories, PreparedData
 from vista.data.prepare import verify
 from vista.errors import ConfigError, DataError, RecordError, StoreError
-from vista.jobs.summarize import summarize_users
+from vista.jobs.summarize import refresh_popularity, summarize_users
 from vista.progress import Progress
 from vista.schema import Manifest
 from vista.store.contract import SummaryStore, Write, open_store
@@ -218,6 +219,8 @@ def _complete(folder: Path, journal: Journal, models: Models, quiet: bool, was_p
             num_rebuilt, num_deleted = _rebuild(data, store, codecs, left, models, quiet)
             num_bytes = store.compact()
             _compare(store, codecs, left, models)
+        for run in models.runs.values():
+            refresh_popularity(run, data)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
             f"forgetting has begun ({journal.selection}) and is not complete; run it again: no other command reads "

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 
 from vista.batches.timelines import ragged_arange
-from vista.checkpoint import Run
+from vista.checkpoint import Run, write_popularity
 from vista.data.histories import Histories, PreparedData
+from vista.data.popularity import latest_table
 from vista.models.inputs import Events
 from vista.models.vista import SequenceModel
 from vista.progress import Progress
@@ -47,7 +48,8 @@ def summarize(
 ) -> SummarizeReport:
     """Summarize every user of ``data`` into ``store``, then mark the version as complete and publish it.
 
-    force: also users whose record is current. Raises CheckpointError for data the run was not trained on.
+    The run's table of popularity, where its model reads one, is made anew from ``data``. force: also users whose record
+    is current. Raises CheckpointError for data the run was not trained on.
     """
     run.check_data(data.manifest, data.catalogue, data.folder)
     model, histories = run.sequence_model, data.histories
@@ -67,10 +69,17 @@ def summarize(
                 num_users += len(wanted)
                 num_events += int(lengths[wanted].sum())
             progress.advance(int(lengths[block].sum()))
+    refresh_popularity(run, data)
     store.complete_version(run.version)
     if publish:
         store.publish(run.version)
     return SummarizeReport(num_users, num_events, current, run.version)
+
+
+def refresh_popularity(run: Run, data: PreparedData) -> None:
+    """Make the run's table of popularity anew from ``data``, where its model reads one."""
+    if run.config.model.has_popularity:
+        write_popularity(run.folder, *latest_table(data))
 
 
 def _not_current(block: np.ndarray, data: PreparedData, store: SummaryStore, version: str) -> np.ndarray:

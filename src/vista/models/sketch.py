@@ -1,20 +1,26 @@
 """Exact facts beside soft tastes: how often and how lately a user met an item and its categories, of fixed size.
 
-Production rankers hand-craft such features from raw histories. Here they are part of the user's state: a table of slots
-that each event adds to, read by each candidate at the slots of its item and of its categories. It streams, merges in
-time order and is stored like any memory (`vista.models.memory`), and deleted with it by replay.
+Production rankers hand-craft such features from raw histories. Here they are part of the user's state: a table of
+entries, one per key the user met, which each candidate looks up. It streams and is stored like any memory
+(`vista.models.memory`), and deleted with it by replay.
 
 A *key* is what is counted: the item index, or an item's value of a categorical feature; key 0, not known, is never met.
-A level whose keys fit has a slot per key and is exact. Others hash each key into two tables and believe the smaller
-count and the older meeting of the two: collisions only ever add (Cormode and Muthukrishnan 2005, count-min), so a
-sketch that says "never" is always right.
+A *level* is the table of one kind of key, cut into buckets of a few slots; a key's hash names its bucket, and its entry
+carries the key itself, so that two keys are never taken for one another. A level whose keys all fit has a bucket of one
+slot for each and forgets nothing. In any other, where a segment brings more new keys than its bucket has room for, they
+take the places of those met longest ago. So a sketch that says "met" is always right; one that says "never" may have
+forgotten, and counts from the next meeting on. A user of fewer keys than slots is known (almost) exactly.
 
-Naive definition, exact level: of the events with the candidate's key before the request, the number; for each half-life
-h the sum of 2^(-age / h); the place and the time of the newest. The features are those of `vista.data.counts`, but
-popularity, which is not the user's, and the shortest half-lives, which the recent events tell.
+Naive definition, all entries kept: of the events with the candidate's key before the request, the number; for each
+half-life h the sum of 2^(-age / h); the place and the time of the newest. The features are those of
+`vista.data.counts`, but popularity, which is not the user's, and the shortest half-lives, which the recent events tell;
+and two of the whole user: how many keys, and which share of the events was of a key met before.
 
-Shape letters: B users, G segments, S events in a segment, M summaries, P slots of all levels, J tables of all levels, F
-half-lives, Q requests, C candidates, R recent events.
+All that is carried is integers, products from tables, and sums in time order, so that no bit depends on how events are
+cut into calls, or on the shape of a batch (exp2 would: its last bit depends on a tensor's length).
+
+Shape letters: B users, G segments, S events in a segment, M summaries, P slots of all levels, W slots of a bucket, J
+levels, F half-lives, Q requests, C candidates, R recent events.
 """
 
 from __future__ import annotations
@@ -27,153 +33,219 @@ from torch import Tensor, nn
 from vista.models.batch import Requests
 from vista.models.inputs import US_PER_S
 from vista.models.memory import Running
-from vista.ops.qla import carried
 
-HALF_LIVES_S = (86_400.0, 2_592_000.0, 31_557_600.0)  # a day, 30 days, a year
+HALF_LIVES_S = (86_400, 2_592_000, 31_557_600)  # a day, 30 days, a year
 EPOCH_S = 631_152_000  # 1990-01-01, the earliest time a log may have by default: seconds from it fit int32 until 2058
 NEVER_PLACE, NEVER_SECOND = 0, -(2**31)
 NEVER_EVENTS, NEVER_S = 1e7, 1e10  # beyond any true distance, or never could be taken for long ago
-NUM_TABLES = 2  # of a hashed level
-MULTIPLIERS = (-7046029254386353131, -4417276706812531889)  # odd 64-bit constants: golden ratio, and xxHash's prime
+WAYS = 8  # slots of a bucket: with 8, who must make room differs little from the oldest of all
+FEATURE_SLOTS = 128  # most slots of a level of categories: bounds what a catalogue with many of them costs
+MULTIPLIER = -7046029254386353131  # odd 64-bit constant: the golden ratio
 HASH_BITS = 31
+KEY, COUNT, PLACE, SECOND = range(4)  # columns of an entry
+DECAY_BITS = 12  # of one table; two of them and whole half-lives: ages in steps of 2^-24 half-lives
+MAX_HALVINGS = 149  # 2^-149 is the smallest float32
 
 
 @dataclass(frozen=True)
 class Level:
-    """Slots of one kind of key: ``num_tables`` tables of ``num_slots``, the first slot of all being ``start``.
+    """The slots of one kind of key: ``num_buckets`` of ``ways``, the first slot of all being ``start``.
 
     feature: column of the item features, or None for the item itself.
     """
 
     feature: int | None
     start: int
-    num_slots: int
-    num_tables: int
+    num_buckets: int
+    ways: int
+
+    @classmethod
+    def of(cls, feature: int | None, start: int, num_keys: int, num_slots: int) -> Level:
+        """A slot per key where they fit into ``num_slots``, else buckets."""
+        if num_keys <= num_slots:
+            return cls(feature, start, num_keys, 1)
+        return cls(feature, start, max(num_slots // WAYS, 1), WAYS)
 
     @property
     def end(self) -> int:
-        return self.start + self.num_slots * self.num_tables
+        return self.start + self.num_buckets * self.ways
+
+    def bucket(self, key: Tensor) -> Tensor:
+        """Key (...) int64 to the first slot of its bucket, (...)."""
+        if self.ways > 1:
+            key = ((key * MULTIPLIER) >> (64 - HASH_BITS)) & (2**HASH_BITS - 1)
+        return self.start + key % self.num_buckets * self.ways
 
     def slots(self, key: Tensor) -> Tensor:
-        """Key (...) int64 to its slots (..., tables)."""
-        if self.num_tables == 1:
-            return (self.start + key)[..., None]
-        hashed = [((key * factor) >> (64 - HASH_BITS)) & (2**HASH_BITS - 1) for factor in MULTIPLIERS]
-        return torch.stack([self.start + t * self.num_slots + h % self.num_slots for t, h in enumerate(hashed)], -1)
+        """The slots (..., W) of a key's bucket."""
+        return self.bucket(key)[..., None] + torch.arange(self.ways, device=key.device)
 
 
 class Sketch(nn.Module):
-    """The running value is (sums, last, clock):
+    """The running value is (entries, decayed, clock):
 
-    sums   (B, P, 1 + F) float32: per slot the number of events, and for each half-life the decayed number
-    last   (B, P, 2) int32: place in the history of the newest event, counted from 1, and its second since EPOCH_S
-    clock  (B, 2) int32: events so far, and the second of the newest
+    entries  (B, P, 4) int32: key, 0 where the slot is free; events with it; place in the history of the newest,
+             counted from 1; its second since EPOCH_S
+    decayed  (B, P, F) float32: for each half-life the decayed number of these events as of the newest of them
+    clock    (B, 2) int32: events so far, and how many of them brought an item that had no entry
     """
 
-    names = ("sketch_sums", "sketch_last", "sketch_clock")
+    names = ("sketch_entries", "sketch_decayed", "sketch_clock")
 
     def __init__(self, num_slots: int, num_items: int, feature_sizes: tuple[int, ...]) -> None:
         super().__init__()
-        self.levels: list[Level] = []
-        start = 0
-        for feature, size in ((None, num_items), *enumerate(feature_sizes)):
-            fits = size <= num_slots
-            level = Level(feature, start, size if fits else num_slots, 1 if fits else NUM_TABLES)
-            self.levels.append(level)
-            start = level.end
-        self.num_slots = start
-        self.register_buffer("half_life_s", torch.tensor(HALF_LIVES_S), persistent=False)
+        self.levels = [Level.of(None, 0, num_items, num_slots)]
+        for feature, size in enumerate(feature_sizes):
+            self.levels.append(Level.of(feature, self.levels[-1].end, size, min(num_slots, FEATURE_SLOTS)))
+        self.num_slots = self.levels[-1].end
+        steps_per_s = 4.0**DECAY_BITS / torch.tensor(HALF_LIVES_S, dtype=torch.float64)
+        self.register_buffer("steps_per_s", steps_per_s, persistent=False)
+        steps = torch.arange(2**DECAY_BITS, dtype=torch.float64) * 2.0**-DECAY_BITS
+        halvings = torch.arange(MAX_HALVINGS + 1, dtype=torch.float64)
+        for name, exponent in (("whole", halvings), ("coarse", steps), ("fine", steps * 2.0**-DECAY_BITS)):
+            self.register_buffer(f"left_{name}", torch.exp2(-exponent).float(), persistent=False)
 
-    half_life_s: Tensor
+    steps_per_s: Tensor
+    left_whole: Tensor
+    left_coarse: Tensor
+    left_fine: Tensor
 
     @property
     def num_features(self) -> int:
-        """Per level: met, count, events since, seconds since, and a decayed count per half-life."""
-        return len(self.levels) * (4 + len(HALF_LIVES_S))
+        """Per level: met, count, events since, seconds since, and a decayed count per half-life; and the totals."""
+        return len(self.levels) * (4 + len(HALF_LIVES_S)) + 2
 
     # -- as a memory
 
     def initial(self, num_users: int) -> Running:
         """The running value of an empty history."""
-        last = torch.tensor([NEVER_PLACE, NEVER_SECOND], dtype=torch.int32)
         return (
-            torch.zeros(num_users, self.num_slots, 1 + len(HALF_LIVES_S)),
-            last.expand(num_users, self.num_slots, 2).clone(),
-            last.expand(num_users, 2).clone(),
+            torch.zeros(num_users, self.num_slots, 4, dtype=torch.int32),
+            torch.zeros(num_users, self.num_slots, len(HALF_LIVES_S)),
+            torch.zeros(num_users, 2, dtype=torch.int32),
         )
 
     def parts(self, item: Tensor, features: Tensor, timestamp_us: Tensor, is_valid: Tensor) -> Running:
-        """The parts of segments: item, timestamp_us, is_valid (G, S), features (G, S, number of features)."""
-        num_segments, size = item.shape
-        second = _seconds(timestamp_us)
-        newest = second.masked_fill(~is_valid, NEVER_SECOND).amax(1)
-        value = self._decayed(newest[:, None] - second) * is_valid[..., None]
-        place = torch.arange(1, size + 1, device=item.device, dtype=torch.int32).expand(num_segments, size)
-        slots, is_met = self._slots(item, features)  # (G, S, J)
-        is_met = is_met & is_valid[..., None]
-        tables = slots.shape[-1]
-        index = slots.flatten(1)[..., None]
-        value = (value[:, :, None] * is_met[..., None]).flatten(1, 2)
-        sums = value.new_zeros(num_segments, self.num_slots, value.shape[-1])
-        sums = sums.scatter_add(1, index.expand_as(value), value)
-        met = torch.stack([place, second], -1)[:, :, None].expand(-1, -1, tables, -1)
-        empty = torch.tensor([NEVER_PLACE, NEVER_SECOND], dtype=torch.int32, device=item.device)
-        met = torch.where(is_met[..., None], met, empty).flatten(1, 2)
-        last = empty.expand(num_segments, self.num_slots, 2).clone()
-        last = last.scatter_reduce(1, index.expand_as(met), met, "amax")
-        return carried(sums), last, torch.stack([is_valid.sum(1).int(), newest], -1)
+        """The entries of segments by themselves: item, timestamp_us, is_valid (G, S), features (G, S, number of them).
+
+        Returns entries (G, J, S, 4), decayed (G, J, S, F) and clock (G, 2). The entry of a key stands where the segment
+        has it last; anywhere else the key is 0.
+        """
+        key = torch.stack([self._key(level, item, features) for level in self.levels], 1) * is_valid[:, None]
+        same = (key[..., :, None] == key[..., None, :]) & (key > 0)[..., None]
+        is_last = (key > 0) & ~same.triu(1).any(-1)
+        second = _seconds(timestamp_us)[:, None].expand_as(key)
+        place = torch.arange(1, key.shape[-1] + 1, device=key.device).expand_as(key)
+        entries = torch.stack([key * is_last, same.sum(-1), place, second], -1).int()
+        decayed = torch.ones(*key.shape, len(HALF_LIVES_S), device=key.device)
+        g, j, later, earlier = (same.tril(-1) & is_last[..., None]).nonzero(as_tuple=True)
+        row = (g * key.shape[1] + j) * key.shape[2] + later
+        left = self._left(second[g, j, later] - second[g, j, earlier])
+        decayed.view(-1, len(HALF_LIVES_S)).index_add_(0, row, left.to(decayed.dtype))
+        num_events = is_valid.sum(1)
+        return entries, decayed, torch.stack([num_events, torch.zeros_like(num_events)], -1).int()
 
     def merge(self, running: Running, part: Running) -> Running:
         """The running value after one more segment."""
-        (sums, last, clock), (new_sums, new_last, new_clock) = running, part
-        elapsed = torch.where(clock[:, 0] > 0, new_clock[:, 1] - clock[:, 1], 0)
-        sums = sums * self._decayed(elapsed)[:, None].to(sums.dtype) + new_sums
-        is_new = new_last[..., :1] > NEVER_PLACE
-        shifted = torch.stack([new_last[..., 0] + clock[:, :1], new_last[..., 1]], -1)
-        total = torch.stack([clock[:, 0] + new_clock[:, 0], new_clock[:, 1]], -1)
-        return sums, torch.where(is_new, shifted, last), total
+        entries, decayed, clock = (t.clone() for t in running)
+        new, new_decayed, new_clock = part
+        new = torch.cat([new[..., :PLACE], new[..., PLACE:SECOND] + clock[:, :1, None, None], new[..., SECOND:]], -1)
+        num_new = [
+            self._insert(level, (entries, decayed), new[:, j], new_decayed[:, j].to(decayed.dtype))
+            for j, level in enumerate(self.levels)
+        ]
+        clock[:, 0] += new_clock[:, 0]
+        clock[:, 1] += num_new[0]
+        return entries, decayed, clock
+
+    def _insert(self, level: Level, table: tuple[Tensor, Tensor], new: Tensor, new_decayed: Tensor) -> Tensor:
+        """Put entries new (B, S, 4), new_decayed (B, S, F) of one segment into a level of the table, in place.
+
+        Those that have an entry are added to it. The others take the slots of the bucket that the segment did not meet,
+        free ones and those met longest ago first; where even these are too few, the newest get them. Returns how many
+        had no entry, (B,).
+        """
+        entries, decayed = table
+        key = new[..., KEY].long()
+        user = torch.arange(len(key), device=key.device)[:, None]
+        slots = level.slots(key)
+        held = entries[user[..., None], slots]  # (B, S, W, 4)
+        is_way = (held[..., KEY] == new[..., None, KEY]) & (key > 0)[..., None]
+        has_entry, way = is_way.any(-1), is_way.int().argmax(-1)
+        is_new = (key > 0) & ~has_entry
+        if level.ways > 1:
+            is_met = torch.zeros(entries.shape[:2], dtype=torch.bool, device=key.device)
+            is_met[user.expand_as(key)[has_entry], slots.gather(-1, way[..., None])[..., 0][has_entry]] = True
+            is_met = is_met[user[..., None], slots]
+            oldest = held[..., PLACE].masked_fill(is_met, 2**31 - 1).argsort(dim=-1, stable=True)
+            rivals = (slots[:, :, None, 0] == slots[:, None, :, 0]) & is_new[:, None]
+            turn = rivals.triu(1).sum(-1)  # new ones of the bucket that are newer
+            enters = is_new & (turn < level.ways - is_met.sum(-1))
+            way = torch.where(has_entry, way, oldest.gather(-1, turn.clamp(max=level.ways - 1)[..., None])[..., 0])
+        else:
+            enters = is_new
+        row = (user * entries.shape[1] + slots.gather(-1, way[..., None])[..., 0])[has_entry | enters]
+        old, old_decayed = entries.view(-1, 4)[row], decayed.view(-1, decayed.shape[-1])[row]
+        value, value_decayed, again = (t[has_entry | enters] for t in (new, new_decayed, has_entry))
+        left = self._left(value[:, SECOND] - old[:, SECOND]).to(decayed.dtype)
+        value = value.clone()
+        value[:, COUNT] += old[:, COUNT] * again
+        entries.view(-1, 4)[row] = value
+        decayed.view(-1, decayed.shape[-1])[row] = value_decayed + old_decayed * left * again[:, None]
+        return is_new.sum(-1)
 
     # -- as candidates read it
 
     def read(self, running: Running, requests: Requests, item_features: Tensor) -> Tensor:
-        """Features (Q, C, num_features), exact up to collisions as of each request.
+        """Features (Q, C, num_features) as of each request; the totals as of its summary.
 
         running (M, ...): as of the summaries; item_features (I, number of features). Events between the summary and the
         request are among the recent ones and are counted from there.
         """
-        summed, last, clock = running[0].flatten(0, 1), running[1].flatten(0, 1), running[2][requests.summary]
-        slots, is_key = self._slots(requests.candidate, item_features[requests.candidate])
-        flat = requests.summary[:, None, None] * self.num_slots + slots
+        clock = running[2][requests.summary]
         now = _seconds(requests.timestamp_us)
-        faded = self._decayed(now - clock[:, 1])[:, None]
-        later = _Later.of(requests, clock[:, 0], self._decayed(now[:, None] - _seconds(requests.recent_us)))
-        features, first = [], 0
+        later = _Later.of(requests, clock[:, 0], self._counted(now[:, None] - _seconds(requests.recent_us)))
+        features = []
         for level in self.levels:
-            mine = flat[..., first : first + level.num_tables]
-            known = is_key[..., first, None]
-            sums = summed[mine].amin(2) * faded * known
-            newest = last[mine].amin(2)
-            newest = torch.where(known, newest, newest.new_tensor([NEVER_PLACE, NEVER_SECOND]))
-            candidate, recent = requests.candidate, requests.recent_item
-            if level.feature is not None:
-                candidate, recent = (item_features[i, level.feature] for i in (candidate, recent))
+            candidate, recent = (
+                self._key(level, item, item_features[item]) for item in (requests.candidate, requests.recent_item)
+            )
+            sums, newest = self._find(level, running, requests.summary, candidate, now)
             more, newer = later.of_key(candidate, recent)
             features.append(_features(sums + more, torch.maximum(newest, newer), requests.num_known, now))
-            first += level.num_tables
-        return torch.cat(features, -1)
+        num_events, num_new = clock.to(sums.dtype).T
+        totals = torch.stack([num_new.log1p(), 1 - num_new / num_events.clamp(min=1)], -1)
+        return torch.cat([*features, totals[:, None].expand(-1, requests.candidate.shape[1], -1)], -1)
 
-    def _slots(self, item: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Slots (..., J) of items (...) and whether they have the key at all (..., J)."""
-        slots, is_key = [], []
-        for level in self.levels:
-            key = item if level.feature is None else features[..., level.feature]
-            slots.append(level.slots(key))
-            is_key.append((key > 0)[..., None].expand_as(slots[-1]))
-        return torch.cat(slots, -1), torch.cat(is_key, -1)
+    def _find(self, level: Level, running: Running, summary: Tensor, key: Tensor, now: Tensor) -> tuple[Tensor, Tensor]:
+        """Of keys (Q, C): sums (Q, C, 1 + F) as of now (Q,), and the place and second of the newest event."""
+        entries, decayed, _ = running
+        rows = summary[:, None, None] * self.num_slots + level.slots(key)
+        is_way = (entries[..., KEY].flatten()[rows] == key[..., None]) & (key > 0)[..., None]
+        is_met = is_way.any(-1, keepdim=True)
+        row = rows.gather(-1, is_way.int().argmax(-1, keepdim=True))[..., 0]
+        entry, sums = entries.flatten(0, 1)[row], decayed.flatten(0, 1)[row]
+        left = self._left((now[:, None].long() - entry[..., SECOND]).clamp(min=0)).to(sums.dtype)
+        sums = torch.cat([entry[..., COUNT, None].to(sums.dtype), sums * left], -1) * is_met
+        never = entry.new_tensor([NEVER_PLACE, NEVER_SECOND])
+        return sums, torch.where(is_met, entry[..., PLACE:], never)
 
-    def _decayed(self, age_s: Tensor) -> Tensor:
+    @staticmethod
+    def _key(level: Level, item: Tensor, features: Tensor) -> Tensor:
+        """The key (...) of items (...) at a level; features (..., number of them)."""
+        return item if level.feature is None else features[..., level.feature]
+
+    def _left(self, age_s: Tensor) -> Tensor:
+        """2^(-age / half-life) of integer ages (...) >= 0, (..., F): a product of three table entries."""
+        steps = (age_s.double()[..., None] * self.steps_per_s).long()
+        fine = steps & (2**DECAY_BITS - 1)
+        coarse = (steps >> DECAY_BITS) & (2**DECAY_BITS - 1)
+        whole = (steps >> (2 * DECAY_BITS)).clamp(max=MAX_HALVINGS)
+        return self.left_whole[whole] * (self.left_coarse[coarse] * self.left_fine[fine])
+
+    def _counted(self, age_s: Tensor) -> Tensor:
         """What an event of this age counts: 1, and for each half-life what is left of it, (..., 1 + F)."""
-        left = torch.exp2(-age_s.clamp(min=0)[..., None] / self.half_life_s)
+        left = self._left(age_s)
         return torch.cat([torch.ones_like(left[..., :1]), left], -1)
 
 
@@ -198,11 +270,15 @@ class _Later:
 
     def of_key(self, candidate: Tensor, recent: Tensor) -> tuple[Tensor, Tensor]:
         """Of keys candidate (Q, C) among recent (Q, R): sums (Q, C, 1 + F), and the newest's place and second."""
-        is_same = (candidate[:, :, None] == recent[:, None]) & (candidate > 0)[..., None] & self.is_later[:, None]
-        empty = self.met.new_tensor([NEVER_PLACE, NEVER_SECOND])
-        if not self.met.shape[1]:
-            return self.value.new_zeros(*candidate.shape, self.value.shape[-1]), empty.expand(*candidate.shape, 2)
-        newest = torch.where(is_same[..., None], self.met[:, None], empty).amax(2)
+        is_same = (candidate[:, :, None] == recent.masked_fill(~self.is_later, -1)[:, None]) & (candidate > 0)[
+            ..., None
+        ]
+        never = self.met.new_tensor([NEVER_PLACE, NEVER_SECOND]).expand(len(recent), 1, 2)
+        met = torch.cat([never, self.met], 1)
+        newest = (
+            (is_same * torch.arange(1, met.shape[1], dtype=torch.int32)).amax(2) if len(recent.T) else candidate * 0
+        )
+        newest = met.gather(1, newest.long()[..., None].expand(-1, -1, 2))
         return is_same.to(self.value.dtype) @ self.value, newest
 
 

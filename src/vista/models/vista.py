@@ -151,12 +151,13 @@ class SequenceModel(Model):
         candidate: Tensor,
         context: Tensor | None = None,
         sketch: Running = (),
+        counts: Tensor | None = None,
     ) -> Tensor:
         """Logits (B, C, T) of B users' candidates, as online ranking computes them.
 
         tokens (B, K, D), recent (B, R), num_known (B,) events known, timestamp_us (B,) of the request, candidate (B,
         C) item index, context (B, C, X) as prepared data has it, NaN where not given, or None, sketch (B, ...) where
-        the model has one. """  # fmt: skip
+        the model has one, counts (B, C, F) popularity of the candidates where the model reads it. """  # fmt: skip
         num_users, size = recent.item.shape
         rows = torch.arange(num_users * size, device=recent.item.device).view(num_users, size)
         if context is None:
@@ -171,6 +172,7 @@ class SequenceModel(Model):
             num_known=num_known,
             candidate=candidate,
             context=context,
+            counts=counts,
         )
         event_x = self.embedding(*(c.flatten() for c in _columns(recent)))
         return self.rank(Prepared(tokens, self.ranker.prepare(tokens, event_x), sketch), requests)

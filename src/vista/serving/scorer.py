@@ -64,6 +64,7 @@ class Scorer:
 
     def __init__(self, run: Run, store: SummaryStore) -> None:
         self.run, self.store, self.model = run, store, run.sequence_model
+        self._popularity = run.read_popularity()
         with torch.no_grad():
             self._shape = tuple(self.model.empty_summary(1).shape[1:])
 
@@ -150,6 +151,7 @@ class Scorer:
             candidate,
             contexts,
             summaries.sketch,
+            None if self._popularity is None else self._popularity[candidate],
         )
         probability = logits.double().sigmoid().numpy()
         is_known_item = candidate.numpy() >= self.run.catalogue.first_item

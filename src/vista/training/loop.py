@@ -29,10 +29,12 @@ from vista.checkpoint import (
     load_weights,
     read_tensors,
     start_run,
+    write_popularity,
     write_tensors,
 )
 from vista.config import Config, TrainConfig
 from vista.data.histories import PreparedData
+from vista.data.popularity import latest_table
 from vista.errors import CheckpointError, StaleOutput, TrainingError
 from vista.evaluation.metrics import normalized_entropy
 from vista.evaluation.scoring import score
@@ -86,6 +88,8 @@ def train(data: PreparedData, out: Path, config: Config, resume: bool = False, q
         raise StaleOutput(f"{out} already holds a run; add --resume to go on with it, or choose another --out")
     else:
         start_run(out, config, schema, data.catalogue)
+        if config.model.has_popularity:
+            write_popularity(out, *latest_table(data))
     trainer = Trainer(build_model(config.model, schema, data.catalogue), feeds, config, out)
     if resume:
         trainer.restore()

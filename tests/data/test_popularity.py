@@ -1,0 +1,81 @@
+"""Popularity: both forms beside a definition in plain loops; of what comes after its table a request knows nothing."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from tests.models.worlds import NUM_ITEMS, catalogue
+from vista.data.histories import Histories, Impressions
+from vista.data.popularity import (
+    NEVER_S,
+    US_PER_DAY,
+    WINDOWS_S,
+    Popularity,
+    PopularityFeatures,
+    _levels,
+    popularity_table,
+)  # fmt: skip
+
+CATALOGUE = catalogue()
+START_US = 10**15
+
+
+def log(seed: int, num_events: int = 300) -> Histories:
+    rng = np.random.default_rng(seed)
+    time_us = START_US + np.sort(rng.integers(0, 700, num_events)) * US_PER_DAY  # many at the same time
+    item = rng.integers(1, NUM_ITEMS, num_events).astype(np.int32)
+    offsets = np.array([0, num_events])
+    return Histories(offsets=offsets, item=item, action=np.zeros(num_events, np.int16), timestamp_us=time_us)
+
+
+def naive(histories: Histories, item: int, at_us: int) -> list[float]:
+    values: list[float] = []
+    for key in _levels(CATALOGUE)[1]:
+        keys = np.arange(CATALOGUE.num_indices) if key is None else key
+        met = [
+            int(t)
+            for i, t in zip(histories.item, histories.timestamp_us, strict=True)
+            if keys[item] > 0 and keys[i] == keys[item] and t < at_us
+        ]
+        since = (at_us - max(met)) / 1e6 if met else NEVER_S
+        within = [sum(at_us - t <= window_s * 1e6 for t in met) for window_s in WINDOWS_S.values()]
+        values += [len(met), since, (at_us - min(met)) / 1e6 if met else 0, *within]
+    return [math.log1p(value) for value in values]
+
+
+@pytest.mark.parametrize("day", [0, 1, 350, 2000])
+def test_both_forms_say_what_the_definition_says(day):
+    histories, at_us = log(seed=day), START_US + day * US_PER_DAY
+    items = np.arange(CATALOGUE.num_indices)
+    expected = np.array([naive(histories, item, at_us) for item in items.tolist()])
+    at = np.full(len(items), at_us)
+    found = np.concatenate([Popularity.of(histories, key).features(items, at) for key in _levels(CATALOGUE)[1]], 1)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    np.testing.assert_allclose(popularity_table(histories, CATALOGUE, at_us), found, rtol=1e-6)
+
+
+def test_a_request_reads_the_last_table_before_it():
+    """Events between the table and the request change nothing; the table of all items has the same rows."""
+    histories, period = log(seed=5), 30
+    asked_us = (START_US // (period * US_PER_DAY) + 12) * period * US_PER_DAY + 17 * US_PER_DAY
+    impressions = Impressions(
+        user=np.zeros(1, np.int32), timestamp_us=np.array([asked_us]), num_known=np.array([0]),
+        offsets=np.array([0, 6]), item=np.arange(1, 7, dtype=np.int32), label=np.zeros((6, 1), np.float32),
+        context=np.zeros((6, 0), np.float32), source=np.zeros(6, np.int8),
+    )  # fmt: skip
+    earlier = histories.timestamp_us < asked_us - 17 * US_PER_DAY
+    known = Histories(
+        offsets=np.array([0, earlier.sum()]), item=histories.item[earlier], action=histories.action[earlier],
+        timestamp_us=histories.timestamp_us[earlier],
+    )  # fmt: skip
+    found, alone = (
+        PopularityFeatures.of(SimpleNamespace(histories=h, catalogue=CATALOGUE), impressions, period)  # type: ignore[arg-type]
+        for h in (histories, known)
+    )
+    assert 0 < earlier.sum() < len(earlier)
+    np.testing.assert_array_equal(found.matrix, alone.matrix)
+    np.testing.assert_array_equal(found.of_all_items(asked_us)[1:7], found.matrix)

@@ -26,6 +26,7 @@ COLOURS = (
     "#000000",
 )  # Okabe and Ito: colour-blind safe
 MARKERS = "osD^vPX"
+LINESTYLES = ("-", ":", "--")  # with colour and marker of an earlier model, the line and an open marker tell them apart
 BEST_STYLE: dict[str, Any] = {"color": "#777777", "linestyle": "--", "marker": "", "label": BEST_POSSIBLE}
 PANEL_INCHES = (5.8, 3.5)
 SQUARE_INCHES = (4.4, 4.0)
@@ -145,7 +146,10 @@ def panels(rows: int, columns: int, inches: tuple[float, float] = PANEL_INCHES) 
 def style(model: str, i: int) -> dict[str, Any]:
     if model == BEST_POSSIBLE:
         return dict(BEST_STYLE)
-    return {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "linestyle": "-", "label": model}
+    round_trip, place = divmod(i, len(COLOURS))
+    face = {"markerfacecolor": "white"} if round_trip else {}
+    line = LINESTYLES[round_trip % len(LINESTYLES)]
+    return {"color": COLOURS[place], "marker": MARKERS[place], "linestyle": line, "label": model, **face}
 
 
 def _dodge(runs: Sequence[Runs], i: int) -> float:

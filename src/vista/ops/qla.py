@@ -12,19 +12,22 @@ Ours, for a history cut into segments of S events (design: "segment-causal"):
 With one segment that holds everything (S = infinity) and no norm, O_g is the paper's O_S.
 
 Each operator stands here twice: ``*_naive`` is the definition, one history and plain loops, meant to be read and to be
-tested against; the other form is the one models use. Values and gradients are equal (tests/ops/test_qla.py).
+tested against; the other form is the one models use. On a GPU that form runs the kernels of `vista.ops.triton_qla` and
+`vista.ops.triton_scan`, elsewhere torch (`vista.ops.forms`). Values and gradients of all are equal (tests/ops).
 
 Shape letters: B users, G segments (of all users together), S rows of a segment, H heads, E head width, F value width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn.functional import silu
+
+from vista.ops.forms import uses_kernels
+from vista.ops.order import SegmentOrder
 
 Norm = Callable[[Tensor], Tensor]
 
@@ -34,7 +37,10 @@ def no_norm(memory: Tensor) -> Tensor:
     return memory
 
 
-def rms_norm(memory: Tensor, eps: float = 1e-6) -> Tensor:
+NORM_EPS = 1e-6
+
+
+def rms_norm(memory: Tensor, eps: float = NORM_EPS) -> Tensor:
     """Memory (..., E, F) divided by the root mean square of its entries: removes the growth with the number of events.
 
     The paper suggests a factor 1/N for the linear form and leaves open where it goes with an outer activation;
@@ -93,6 +99,7 @@ def _stack(rows: list[Tensor], like: Tensor) -> Tensor:
     return torch.stack(rows) if rows else like.new_zeros(0, like.shape[-1])
 
 
+<<<<<<< HEAD
 @dataclass(frozen=True)
 class SegmentOrder:
     """Which user each segment belongs to, and in which order segments are folded.
@@ -160,6 +167,8 @@ def add(running: tuple[Tensor, ...], part: tuple[Tensor, ...]) -> tuple[Tensor, 
     return tuple(a + b for a, b in zip(running, part, strict=True))
 
 
+=======
+>>>>>>> f35265a (Triton kernels of the segment-causal operator and of the slots: fewest bytes on a GPU, chosen by themselves, held to the definitions in the interpreter)
 RESIDUE_STEP = 2.0**-24 / 125  # of the total: rounding loses at most 2^-24 of it, 125 steps, which int8 holds
 
 
@@ -188,18 +197,44 @@ def carried(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def segment_sums(k: Tensor, v: Tensor) -> Tensor:
-    """Z_g = phi(K_g)^T V_g as `carried`. k (G, H, S, E) with zero rows where padded, v (G, H, S, F): (G, H, E, F).
+def merge_sums(running: tuple[Tensor, ...], part: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The running value (total, residue) of a sum memory after one more part (sum,)."""
+    return add_compensated(*running, *part)
+
+
+def scan_sums(
+    order: SegmentOrder, running: tuple[Tensor, ...], parts: tuple[Tensor, ...]
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """``order.scan`` of `merge_sums`."""
+    if uses_kernels(parts[0]):
+        from vista.ops.triton_scan import scan
+
+        return scan(order, running, parts)
+    return order.scan(merge_sums, running, parts)
+
+
+def segment_sums(k: Tensor, v: Tensor, is_valid: Tensor | None = None) -> Tensor:
+    """Z_g = phi(K_g)^T V_g as `carried`. k (G, H, S, E), v (G, H, S, F), is_valid (G, S), default all: (G, H, E, F).
 
     The sum over all events is thus blocked: S products are summed from zero, and that sum is added to the memory once.
     A row's rounding error is relative to its segment's sum, not to the whole memory; what adding the segments' sums
     loses is carried along (`add_compensated`).
     """
+    if uses_kernels(k, v):
+        from vista.ops.triton_qla import SegmentSums
+
+        return SegmentSums.apply(k, v, is_valid)
+    if is_valid is not None:
+        k = k * is_valid[:, None, :, None]
     return carried(silu(k).transpose(-2, -1) @ v)
 
 
 def read_memory(q: Tensor, memory: Tensor, norm: Norm = rms_norm) -> Tensor:
     """phi(Q) phi(norm(M)): q (..., rows, E), memory (..., E, F) float32, to (..., rows, F) in q's type."""
+    if q.ndim == memory.ndim == 4 and norm in (rms_norm, no_norm) and uses_kernels(q, memory):
+        from vista.ops.triton_qla import ReadMemory
+
+        return ReadMemory.apply(q, memory, NORM_EPS if norm is rms_norm else None)
     return silu(q) @ silu(norm(memory)).to(q.dtype)
 
 
@@ -211,5 +246,6 @@ def segment_causal_qla(
     q, k (G, H, S, E), v (G, H, S, F); zero key rows where a segment is padded; memory (B, H, E, F) float32 before them.
     Returns the outputs (G, H, S, F), the memory after each segment (G, H, E, F), and after all, (B, H, E, F).
     """
-    (after_segment,), (last,) = order.scan(add, (memory,), (segment_sums(k, v),))
+    running = memory, torch.zeros_like(memory, dtype=torch.int8)
+    (after_segment, _), (last, _) = scan_sums(order, running, (segment_sums(k, v),))
     return read_memory(q, after_segment, norm), after_segment, last

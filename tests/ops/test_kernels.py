@@ -1,8 +1,8 @@
 """Every form of the operators that models use, against the definition: torch, and Triton's kernels.
 
 Without a GPU, kernels run in Triton's interpreter, one program after another in Python: hence the small shapes. They
-are ragged in every direction all the same: users of no, one and several segments, segments that fill no block, head widths
-that are no power of two.
+are ragged in every direction all the same: users of no, one and several segments, segments that fill no block, head
+widths that are no power of two.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 A program owns some numbers of one user and walks along the user's segments with them in registers: a part is read
 once and a running value written once. In time order, like `vista.ops.order.SegmentOrder.scan`, which it must equal, so
-that a result does not depend on how a history was cut. One kernel serves both memories: with maxima (`slots`) the running sum
-is rescaled before each addition, without (`sum`) it is not.
+that a result does not depend on how a history was cut. One kernel serves both memories: with maxima (`slots`) the
+running sum is rescaled before each addition, without (`sum`) it is not.
 
 Shape letters: B users, G segments (of all users together), R rows and W numbers of a row of one running value.
 """

@@ -138,7 +138,9 @@ def modules_of(*parts: str) -> list[str]:
 
 
 def test_models_and_ops_import_with_torch_numpy_and_safetensors_alone() -> None:
-    result = import_without(HEAVY, modules_of("ops", "models", "checkpoint", "progress", "config", "schema"))
+    modules = modules_of("ops", "models", "checkpoint", "progress", "config", "schema")
+    needs_triton = "vista.ops.triton_"  # chosen at run time, where Triton is there (vista.ops.forms)
+    result = import_without((*HEAVY, "triton"), [name for name in modules if not name.startswith(needs_triton)])
     assert result.returncode == 0, result.stderr
 
 

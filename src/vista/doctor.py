@@ -12,7 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vista.ops import qla
+from vista.ops import qla, slots
+from vista.ops.forms import why_torch
+from vista.ops.order import SegmentOrder
 
 DISTRIBUTION = "vista-recsys"
 CPU_FEATURES = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "asimd", "bf16", "sve")
@@ -136,10 +138,12 @@ def _torch_on_cpu() -> str:
 def _operators() -> tuple[Check, ...]:
     """The forms of each operator: those in use are compared with their definitions here and now."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    form = "torch" if why_torch() else "Triton kernels"
     return (
         _compare("qla", f"torch, on {device}", _qla_difference(device)),
-        _compare("segment-causal qla", f"torch, on {device}", _segment_causal_difference(device)),
-        Check("fused GPU kernels", "absent", "not written yet; the torch forms run on a GPU, too"),
+        _compare("segment-causal qla", f"{form}, on {device}", _segment_causal_difference(device)),
+        _compare("slots", f"{form}, on {device}", _slots_difference(device)),
+        Check("fused GPU kernels", "absent" if why_torch() else "ok", why_torch() or "used for tensors on the GPU"),
     )
 
 
@@ -160,11 +164,19 @@ def _qla_difference(device: str) -> float:
 def _segment_causal_difference(device: str) -> float:
     segment_events = 8
     q, k, v = _three_tensors()
-    order = qla.SegmentOrder.of(torch.tensor([ROWS // segment_events]))
+    order = SegmentOrder.of(torch.tensor([ROWS // segment_events]))
     segments = [t.view(-1, 1, segment_events, HEAD_WIDTH).to(device) for t in (q, k, v)]
     memory = torch.zeros(1, 1, HEAD_WIDTH, HEAD_WIDTH, device=device)
     fast, _, _ = qla.segment_causal_qla(segments[0], segments[1], segments[2], memory, order)
     return _difference(fast.flatten(0, 2), qla.segment_causal_qla_naive(q, k, v, segment_events)[0])
+
+
+def _slots_difference(device: str) -> float:
+    q, k, v = _three_tensors()
+    keys, values = (t.view(1, 1, ROWS, HEAD_WIDTH).to(device) for t in (k, v))
+    is_valid = torch.ones(1, ROWS, dtype=torch.bool, device=device)
+    sums, _ = slots.slot_parts(q[None].to(device), keys, values, is_valid)
+    return _difference(sums[0, 0, :, :-1] / sums[0, 0, :, -1:], slots.slot_reads_naive(q, k, v)[0])
 
 
 def _three_tensors() -> list[Tensor]:

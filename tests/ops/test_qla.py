@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from vista.models.layers import split_heads
+from vista.ops.order import SegmentOrder
 from vista.ops.qla import (
-    SegmentOrder,
-    add,
     no_norm,
     qla,
     qla_naive,
@@ -144,6 +143,10 @@ def test_later_segments_change_nothing_earlier():
     after, _, _ = segment_causal_qla(q, k2, v2, memory, order)
     assert torch.equal(before[:2], after[:2])
     assert not torch.allclose(before[2], after[2])
+
+
+def add(running: tuple[Tensor, ...], part: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(a + b for a, b in zip(running, part, strict=True))
 
 
 def test_scan_gives_the_running_value_after_each_segment_of_each_user():

@@ -9,7 +9,7 @@ so that a million events drift no further than ten thousand (`vista.ops.qla.add_
     slots   each seed's softmax over all events, kept as (numerator, denominator, maximum); merge: rescale and add.
             Read through norm, by seeds alone. Their queries are constants, or the softmax would have to be taken again.
 
-To add one: a class with these four methods, a line in `make_memory`, and a choice in config.py, from which
+To add one: a class with the methods of `Memory`, a line in `make_memory`, and a choice in config.py, from which
 tests/models/test_memory.py knows it and holds it to the contract.
 
 Shape letters: B users, G segments, S events in a segment, H heads, E head width, K seeds.
@@ -24,10 +24,11 @@ from torch import Tensor, nn
 
 from vista.config import ModelConfig
 from vista.models.layers import norm, split_heads
-from vista.ops.qla import add_compensated, carried, read_memory, rms_norm, segment_sums
+from vista.ops.order import SegmentOrder
+from vista.ops.qla import merge_sums, read_memory, rms_norm, scan_sums, segment_sums
+from vista.ops.slots import EMPTY_MAXIMUM, merge_slots, scan_slots, slot_parts
 
 Running = tuple[Tensor, ...]
-EMPTY_MAXIMUM = -1e30  # stands for minus infinity, whose differences would be NaN
 SLOT_QUERY_SCALE = 3.0  # of fresh slot queries: spread enough that slots divide the events among themselves at once
 
 
@@ -44,6 +45,9 @@ class Memory(Protocol):
 
     def merge(self, running: Running, part: Running) -> Running:
         """The running value after one more segment."""
+
+    def scan(self, order: SegmentOrder, running: Running, parts: Running) -> tuple[Running, Running]:
+        """``merge`` over the segments of many users: the running value after each (G, ...), and after all (B, ...)."""
 
     def read(
         self, running: Running, q: Tensor, k: Tensor, v: Tensor, num_events: Tensor
@@ -66,10 +70,13 @@ class SumMemory(nn.Module):
         return torch.zeros(shape), torch.zeros(shape, dtype=torch.int8)
 
     def parts(self, k: Tensor, v: Tensor, is_valid: Tensor) -> Running:
-        return (segment_sums(k * is_valid[:, None, :, None], v),)
+        return (segment_sums(k, v, is_valid),)
 
     def merge(self, running: Running, part: Running) -> Running:
-        return add_compensated(*running, *part)
+        return merge_sums(running, part)
+
+    def scan(self, order: SegmentOrder, running: Running, parts: Running) -> tuple[Running, Running]:
+        return scan_sums(order, running, parts)
 
     def read(
         self, running: Running, q: Tensor, k: Tensor, v: Tensor, num_events: Tensor
@@ -102,18 +109,13 @@ class SlotsMemory(nn.Module):
         return torch.zeros(wide), torch.full(shape, EMPTY_MAXIMUM), torch.zeros(wide, dtype=torch.int8)
 
     def parts(self, k: Tensor, v: Tensor, is_valid: Tensor) -> Running:
-        logits = carried(self.query.to(k.dtype) @ k.transpose(-2, -1)) * self.head_width**-0.5
-        logits = logits.masked_fill(~is_valid[:, None, None, :], EMPTY_MAXIMUM)
-        maximum = logits.amax(-1)
-        weight = (logits - maximum.detach()[..., None]).exp() * is_valid[:, None, None, :]
-        sums = torch.cat([carried(weight.to(v.dtype) @ v), weight.sum(-1, keepdim=True)], -1)
-        return sums, maximum.detach()
+        return slot_parts(self.query, k, v, is_valid)
 
     def merge(self, running: Running, part: Running) -> Running:
-        maximum = torch.maximum(running[1], part[1])
-        old, new = (running[1] - maximum).exp()[..., None], (part[1] - maximum).exp()[..., None]
-        sums, residue = add_compensated(running[0], running[2], part[0] * new, old)
-        return sums, maximum, residue
+        return merge_slots(running, part)
+
+    def scan(self, order: SegmentOrder, running: Running, parts: Running) -> tuple[Running, Running]:
+        return scan_slots(order, running, parts)
 
     def read(
         self, running: Running, q: Tensor, k: Tensor, v: Tensor, num_events: Tensor

@@ -33,7 +33,7 @@ from vista.models.inputs import Events, Progress, newest_index, ragged_index
 from vista.models.layers import norm, small_lookup
 from vista.models.ranker import TargetAttention
 from vista.models.summarizer import Summarizer
-from vista.ops.qla import SegmentOrder
+from vista.ops.order import SegmentOrder
 
 FRESH_ITEM_SCALE = 0.02  # standard deviation of a fresh item vector's entries, before the factor sqrt(D)
 FRESH_QUERY_SCALE = 0.1

@@ -31,9 +31,11 @@ from vista.models.inputs import US_PER_S, Events, Progress, Recent, ragged_index
 from vista.models.layers import GatedUnit, aligned, join_heads, norm
 from vista.models.memory import SlotsMemory, SumMemory, make_memory, project_heads
 from vista.models.sketch import Sketch
-from vista.ops.qla import SegmentOrder, carried, qla, read_memory, rms_norm
+from vista.ops.order import SegmentOrder
+from vista.ops.qla import carried, qla, read_memory, rms_norm
 
 BLOCK_SEGMENTS = 4  # segments of one user folded at a time: a super-block stays in cache (measured: 4 beat 1 and 16)
+GPU_BLOCK_EVENTS = 262_144  # folded at a time on a GPU, of all users together: enough to fill it, some 100 MB a tensor
 SEED_SCALE = 0.1  # of fresh seed vectors: small beside what they read
 
 
@@ -105,8 +107,7 @@ class SummarizerLayer(nn.Module):
         h = norm(x)
         k, v = self._project(self.key, h), self._project(self.value, h)
         folded = [
-            order.scan(m.merge, running, m.parts(k, v, is_valid))
-            for m, running in zip(self.memories, memory, strict=True)
+            m.scan(order, running, m.parts(k, v, is_valid)) for m, running in zip(self.memories, memory, strict=True)
         ]
         after, last = tuple(f[0] for f in folded), tuple(f[1] for f in folded)
         if not self.mixes_events:
@@ -204,10 +205,14 @@ class Summarizer(nn.Module):
         if self.config.scope == "full":
             return self._remember_everything(state, events)
         pending = join(state.recent.newest(self.num_open(state)), events)
-        closed = pending.lengths() // self.config.segment_events
+        # in main memory: what steers the loop waits for a GPU once, not at each block
+        closed = (pending.lengths() // self.config.segment_events).cpu()
+        at_once = BLOCK_SEGMENTS
+        if events.item.device.type != "cpu":
+            at_once = max(at_once, GPU_BLOCK_EVENTS // (self.config.segment_events * max(len(closed), 1)))
         memory = state.memory
-        for start in range(0, int(closed.max()) if len(closed) else 0, BLOCK_SEGMENTS):
-            memory = self._fold_block(memory, pending, start, (closed - start).clamp(0, BLOCK_SEGMENTS))
+        for start in range(0, int(closed.max()) if len(closed) else 0, at_once):
+            memory = self._fold_block(memory, pending, start, (closed - start).clamp(0, at_once))
         return UserState(state.progress.advance(events), state.recent.push(events), memory)
 
     def read(self, state: UserState, include_open: bool = True) -> Tensor:
@@ -292,9 +297,9 @@ class Summarizer(nn.Module):
         """Fold segments first_segment .. of each user's pending events; num_segments (B,)."""
         size = self.config.segment_events
         order = SegmentOrder.of(num_segments)
-        ordinal = torch.cat([torch.arange(n) for n in num_segments.tolist()]).to(pending.offsets.device)
-        starts = pending.offsets[order.user] + (first_segment + ordinal) * size
-        index = ragged_index(starts, (pending.offsets[order.user + 1] - starts).clamp(max=size), size)
+        user = order.user.to(pending.offsets.device)
+        starts = pending.offsets[user] + (first_segment + order.ordinal.to(user.device)) * size
+        index = ragged_index(starts, (pending.offsets[user + 1] - starts).clamp(max=size), size)
         return self.fold(self.segments_of(pending, None, index), order, memory)[1]
 
     # -- scope "full": the reference

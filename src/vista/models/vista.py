@@ -33,7 +33,7 @@ from vista.models.model import Model
 from vista.models.ranker import Ranker, UserCache
 from vista.models.sketch import Sketch
 from vista.models.summarizer import Summarizer, UserState
-from vista.ops.qla import SegmentOrder
+from vista.ops.order import SegmentOrder
 from vista.schema import ContextColumn
 
 

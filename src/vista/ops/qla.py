@@ -12,19 +12,22 @@ Ours, for a history cut into segments of S events (design: "segment-causal"):
 With one segment that holds everything (S = infinity) and no norm, O_g is the paper's O_S.
 
 Each operator stands here twice: ``*_naive`` is the definition, one history and plain loops, meant to be read and to be
-tested against; the other form is the one models use. Values and gradients are equal (tests/ops/test_qla.py).
+tested against; the other form is the one models use. On a GPU that form runs the kernels of `vista.ops.triton_qla` and
+`vista.ops.triton_scan`, elsewhere torch (`vista.ops.forms`). Values and gradients of all are equal (tests/ops).
 
 Shape letters: B users, G segments (of all users together), S rows of a segment, H heads, E head width, F value width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn.functional import silu
+
+from vista.ops.forms import uses_kernels
+from vista.ops.order import SegmentOrder
 
 Norm = Callable[[Tensor], Tensor]
 
@@ -34,7 +37,10 @@ def no_norm(memory: Tensor) -> Tensor:
     return memory
 
 
-def rms_norm(memory: Tensor, eps: float = 1e-6) -> Tensor:
+NORM_EPS = 1e-6
+
+
+def rms_norm(memory: Tensor, eps: float = NORM_EPS) -> Tensor:
     """Memory (..., E, F) divided by the root mean square of its entries: removes the growth with the number of events.
 
     The paper suggests a factor 1/N for the linear form and leaves open where it goes with an outer activation;
@@ -93,73 +99,6 @@ def _stack(rows: list[Tensor], like: Tensor) -> Tensor:
     return torch.stack(rows) if rows else like.new_zeros(0, like.shape[-1])
 
 
-@dataclass(frozen=True)
-class SegmentOrder:
-    """Which user each segment belongs to, and in which order segments are folded.
-
-    user        (G,) int64: user of each segment; the segments of one user stand in time order
-    num_users   B
-    steps       for each j: the rows of the j-th segments of all users that have that many
-    users       for each j: the users of those rows
-    """
-
-    user: Tensor
-    num_users: int
-    steps: tuple[Tensor, ...]
-    users: tuple[Tensor, ...]
-
-    @classmethod
-    def of(cls, num_segments: Tensor) -> SegmentOrder:
-        """From the number of segments of each user, (B,) int64, segments lying user after user."""
-        device = num_segments.device
-        num_segments = num_segments.to(torch.int64).cpu()
-        first = num_segments.cumsum(0) - num_segments
-        steps, users = [], []
-        for j in range(int(num_segments.max()) if len(num_segments) else 0):
-            active = (num_segments > j).nonzero().squeeze(1)
-            steps.append((first[active] + j).to(device))
-            users.append(active.to(device))
-        user = torch.repeat_interleave(torch.arange(len(num_segments)), num_segments).to(device)
-        return cls(user, len(num_segments), tuple(steps), tuple(users))
-
-    def scan(
-        self,
-        merge: Callable[[tuple[Tensor, ...], tuple[Tensor, ...]], tuple[Tensor, ...]],
-        initial: Sequence[Tensor],
-        parts: Sequence[Tensor],
-    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Fold each user's segments one after another: the running value after each segment, and after the last.
-
-        merge    combines a running value with a segment's part; both are tuples of tensors, users in the first
-        dimension
-        initial  (B, ...) each;  parts  (G, ...) each.  Returns ((G, ...) each, (B, ...) each).
-
-        Always in time order and never as a parallel prefix sum, so that the result does not depend on how a history was
-        cut into calls: the same additions happen in the same order.
-        """
-        running = tuple(initial)
-        after_segment: list[tuple[Tensor, ...]] = []
-        for rows, users in zip(self.steps, self.users, strict=True):
-            everyone = len(users) == self.num_users
-            now = running if everyone else tuple(value[users] for value in running)
-            now = merge(now, tuple(part[rows] for part in parts))
-            running = (
-                now
-                if everyone
-                else tuple(value.index_copy(0, users, new) for value, new in zip(running, now, strict=True))
-            )
-            after_segment.append(now)
-        if not after_segment:
-            return tuple(value[:0] for value in running), running
-        place = torch.argsort(torch.cat(self.steps))
-        return tuple(torch.cat(values)[place] for values in zip(*after_segment, strict=True)), running
-
-
-def add(running: tuple[Tensor, ...], part: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Plain addition: the definition of what a sum memory merges."""
-    return tuple(a + b for a, b in zip(running, part, strict=True))
-
-
 RESIDUE_STEP = 2.0**-24 / 125  # of the total: rounding loses at most 2^-24 of it, 125 steps, which int8 holds
 
 
@@ -188,18 +127,44 @@ def carried(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def segment_sums(k: Tensor, v: Tensor) -> Tensor:
-    """Z_g = phi(K_g)^T V_g as `carried`. k (G, H, S, E) with zero rows where padded, v (G, H, S, F): (G, H, E, F).
+def merge_sums(running: tuple[Tensor, ...], part: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The running value (total, residue) of a sum memory after one more part (sum,)."""
+    return add_compensated(*running, *part)
+
+
+def scan_sums(
+    order: SegmentOrder, running: tuple[Tensor, ...], parts: tuple[Tensor, ...]
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """``order.scan`` of `merge_sums`."""
+    if uses_kernels(parts[0]):
+        from vista.ops.triton_scan import scan
+
+        return scan(order, running, parts)
+    return order.scan(merge_sums, running, parts)
+
+
+def segment_sums(k: Tensor, v: Tensor, is_valid: Tensor | None = None) -> Tensor:
+    """Z_g = phi(K_g)^T V_g as `carried`. k (G, H, S, E), v (G, H, S, F), is_valid (G, S), default all: (G, H, E, F).
 
     The sum over all events is thus blocked: S products are summed from zero, and that sum is added to the memory once.
     A row's rounding error is relative to its segment's sum, not to the whole memory; what adding the segments' sums
     loses is carried along (`add_compensated`).
     """
+    if uses_kernels(k, v):
+        from vista.ops.triton_qla import SegmentSums
+
+        return SegmentSums.apply(k, v, is_valid)
+    if is_valid is not None:
+        k = k * is_valid[:, None, :, None]
     return carried(silu(k).transpose(-2, -1) @ v)
 
 
 def read_memory(q: Tensor, memory: Tensor, norm: Norm = rms_norm) -> Tensor:
     """phi(Q) phi(norm(M)): q (..., rows, E), memory (..., E, F) float32, to (..., rows, F) in q's type."""
+    if q.ndim == memory.ndim == 4 and norm in (rms_norm, no_norm) and uses_kernels(q, memory):
+        from vista.ops.triton_qla import ReadMemory
+
+        return ReadMemory.apply(q, memory, NORM_EPS if norm is rms_norm else None)
     return silu(q) @ silu(norm(memory)).to(q.dtype)
 
 
@@ -211,5 +176,6 @@ def segment_causal_qla(
     q, k (G, H, S, E), v (G, H, S, F); zero key rows where a segment is padded; memory (B, H, E, F) float32 before them.
     Returns the outputs (G, H, S, F), the memory after each segment (G, H, E, F), and after all, (B, H, E, F).
     """
-    (after_segment,), (last,) = order.scan(add, (memory,), (segment_sums(k, v),))
+    running = memory, torch.zeros_like(memory, dtype=torch.int8)
+    (after_segment, _), (last, _) = scan_sums(order, running, (segment_sums(k, v),))
     return read_memory(q, after_segment, norm), after_segment, last

@@ -10,13 +10,14 @@ python -m tests.jobs.bulk_worker vista summarize ...       small blocks and slow
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from vista.jobs import blocks, fold, local, worker
+from vista.jobs import blocks, fold, local, on_ray, worker
 
 ME = (sys.executable, "-m", "tests.jobs.bulk_worker")
 SLOW_S = 0.2  # per block
@@ -46,6 +47,18 @@ def main() -> None:
         sys.exit(7)
     else:
         worker.main()
+
+
+class DyingFolder(on_ray.Folder):
+    """A Ray actor that is killed at every block with user 12; only at the first if VISTA_TEST_DIED names a file."""
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
+        marker = Path(os.environ.get("VISTA_TEST_DIED", os.devnull))
+        has_died = marker.is_file()  # which the null device is not
+        if not has_died and any(12 in pickle.loads(block).users for block in batch["block"]):
+            marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__call__(batch)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import pytest
 from typer.testing import CliRunner
 
 import vista
-from tests.jobs.bulk_worker import ME, USERS_AT_ONCE
+from tests.jobs.bulk_worker import ME, USERS_AT_ONCE, DyingFolder
 from tests.training.worlds import SMALL, write_world
 from vista.checkpoint import Run, load_run
 from vista.cli.main import app
@@ -27,7 +27,7 @@ from vista.errors import ConfigError, JobError
 from vista.jobs import blocks, fold
 from vista.jobs.blocks import plan
 from vista.jobs.local import LocalEngine
-from vista.jobs.summarize import Engine, SummarizeReport, is_beyond, summarize
+from vista.jobs.summarize import Engine, SummarizeReport, is_beyond, make_engine, summarize
 from vista.store import versions
 from vista.store.contract import open_store
 from vista.store.record import Record, encode, user_key
@@ -379,3 +379,52 @@ def test_ctrl_c_ends_workers_in_the_middle_of_a_block(run, data, tmp_path, monke
     thread.join()
     assert len(mine) == 2
     assert not any(map(is_running, mine))
+
+
+# -- Ray
+
+
+def on_two_workers(run: Run, data: PreparedData, path: Path) -> SummarizeReport:
+    pytest.importorskip("ray", reason="needs the extra: pip install 'vista-recsys[ray]'")
+    from vista.jobs.on_ray import RayEngine
+
+    return bulk(run, data, path, RayEngine("local", 2))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # Ray's own
+def test_on_ray_nothing_is_lost_or_doubled_when_a_worker_is_killed(run, data, tmp_path, monkeypatch):
+    from vista.jobs import on_ray
+
+    monkeypatch.setattr(blocks, "USERS_AT_ONCE", 4)
+    monkeypatch.setattr(on_ray, "Folder", DyingFolder)
+    monkeypatch.setenv("VISTA_TEST_DIED", str(tmp_path / "has died"))
+    report = on_two_workers(run, data, tmp_path / "store")
+    assert (tmp_path / "has died").exists(), "no worker was killed"
+    assert (report.num_users, report.num_events, report.failed) == (NUM_USERS, NUM_USERS * 60, ())
+    assert bulk(run, data, tmp_path / "alone") == report
+    assert content(tmp_path / "store", run.version) == content(tmp_path / "alone", run.version)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_on_ray_a_user_that_kills_every_worker_fails_alone(run, data, tmp_path, monkeypatch):
+    from vista.jobs import on_ray
+
+    monkeypatch.setattr(blocks, "USERS_AT_ONCE", 10)
+    monkeypatch.setattr(on_ray, "Folder", DyingFolder)
+    report = on_two_workers(run, data, tmp_path / "store")
+    (failed,) = report.failed
+    assert failed.user_id == FIRST_ID + 12
+    assert "its Ray actor died" in failed.reason
+    assert report.num_users == 29
+
+
+@pytest.mark.parametrize(
+    ("workers", "error", "message"),
+    [(0, ConfigError, "workers = 0"), (None, JobError, r"pip install 'vista-recsys\[ray\]'")],
+)
+def test_ray_is_an_extra(monkeypatch, workers, error, message):
+    monkeypatch.setitem(sys.modules, "ray", None)  # as if it were not installed
+    with pytest.raises(error, match=message):
+        make_engine("ray", workers)

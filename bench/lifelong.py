@@ -33,7 +33,7 @@ from torch.nn.functional import scaled_dot_product_attention, silu
 from vista.catalogue import Catalogue
 from vista.config import resolve
 from vista.data.histories import Histories
-from vista.jobs.summarize import EVENTS_AT_ONCE, read_in_parts
+from vista.jobs.fold import EVENTS_READ_AT_ONCE, read_in_parts
 from vista.models.embeddings import EventEmbedding, ItemEmbedding, ItemTables
 from vista.models.inputs import Events
 from vista.models.layers import join_heads, norm, split_heads
@@ -93,7 +93,7 @@ def measure_one(folder: Path, size: str, peers: list[str]) -> dict[str, float]:
 def read(model: Summarizer, log: Histories) -> UserState:
     """The state after the one history, and its tokens made once."""
     state = model.init_state(1)
-    for events in read_in_parts(log, np.array([0]), EVENTS_AT_ONCE):
+    for events in read_in_parts(log, np.array([0]), EVENTS_READ_AT_ONCE):
         state = model.extend(state, events)
     model.read(state)
     return state

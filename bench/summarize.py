@@ -29,16 +29,20 @@ import vista
 from vista.store.contract import open_store
 
 NUM_ITEMS = 20_000
+LENGTH_SPREAD = 1.5  # standard deviation of the log: one user in a hundred has ten times the average
 MANY_USERS, MANY_EVENTS = 1_000_000, 10_000
 LEAST_S = 0.05  # between two looks at the store
 
 
 def write_log(path: Path, users: int, events: int) -> None:
+    """Histories of very different lengths: log-normal, ``events`` on average."""
     rng = np.random.default_rng(0)
-    size = users * events
-    times = 1_500_000_000 + np.cumsum(rng.integers(1, 600, (users, events)), 1)
-    columns = {"user_id": np.repeat(np.arange(users), events), "item_id": rng.zipf(1.2, size) % NUM_ITEMS,
-               "timestamp": times.ravel()}  # fmt: skip
+    lengths = rng.lognormal(np.log(events) - LENGTH_SPREAD**2 / 2, LENGTH_SPREAD, users).astype(np.int64) + 1
+    size = int(lengths.sum())
+    gaps = np.cumsum(rng.integers(1, 3600, size))
+    first = np.repeat(gaps[np.cumsum(lengths) - lengths], lengths)
+    columns = {"user_id": np.repeat(np.arange(users), lengths), "item_id": rng.zipf(1.2, size) % NUM_ITEMS,
+               "timestamp": 1_500_000_000 + gaps - first}  # fmt: skip
     pl.DataFrame(columns).write_parquet(path)
 
 

@@ -18,16 +18,17 @@ from vista.data.forget import Selection
 from vista.data.histories import PreparedData
 from vista.data.prepare import PrepareOptions
 from vista.data.prepare import prepare as _prepare
-from vista.errors import ConfigError
+from vista.errors import ConfigError, nearest
 from vista.evaluation.evaluate import evaluate as _evaluate
 from vista.evaluation.results import Evaluation
 from vista.jobs.forget import ForgetReport
 from vista.jobs.forget import forget as _forget
-from vista.jobs.summarize import SummarizeReport
+from vista.jobs.summarize import SummarizeReport, make_engine
 from vista.jobs.summarize import summarize as _summarize
 from vista.schema import Manifest
 from vista.serving.scorer import Scorer
 from vista.store.contract import open_store
+from vista.store.record import CODECS
 from vista.training.loop import train as _train
 
 __all__ = ["evaluate", "forget", "load", "prepare", "rank", "summarize", "train"]
@@ -66,13 +67,26 @@ def summarize(
     data: Path | str,
     store: str,
     codec: str = "int8",
-    force: bool = False,
+    all_users: bool = False,
     quiet: bool = False,
     publish: bool = True,
+    engine: str = "local",
+    workers: int | None = None,
+    ray_address: str | None = None,
 ) -> SummarizeReport:
-    """Every user's summary into a store (a path or a URL), published unless told otherwise."""
+    """Every user's summary into a store (a path or a URL), published unless told otherwise.
+
+    engine: ``local``, or ``ray`` (at ``ray_address``); workers: processes that fold, None for one per core where there
+    is enough to do. Users that cannot be summarized are in the report's ``failed``. Raises ConfigError for an unknown
+    engine or codec, before anything is written.
+    """
+    chosen = make_engine(engine, workers, ray_address)
+    if codec not in CODECS:
+        raise ConfigError(f"codec {codec!r}{nearest(codec, CODECS)}")
+    loaded, prepared = load_run(run), PreparedData.open(data)  # before there is a store
+    loaded.check_data(prepared.manifest, prepared.catalogue, prepared.folder)
     with open_store(str(store)) as opened:
-        return _summarize(load_run(run), PreparedData.open(data), opened, codec, force, quiet, publish)
+        return _summarize(loaded, prepared, opened, codec, all_users, quiet, publish, chosen)
 
 
 def rank(run: Path | str, store: str, user: Any, candidates: list[Any], at_us: int | None = None) -> dict[str, Any]:

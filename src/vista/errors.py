@@ -7,6 +7,7 @@
     ├── ConfigError          a setting that is unknown, out of range or contradicts another
     ├── CheckpointError      a run folder that cannot be loaded, or does not match the data
     ├── TrainingError        training cannot go on: a loss that is not finite, a label that never varies
+    ├── JobError             the processes of a bulk run cannot be started, or the cluster cannot be used
     └── StoreError           the summary store cannot be opened, read or written
         └── RecordError        one record is corrupt, too new, or belongs to another model version
 
@@ -48,6 +49,10 @@ class CheckpointError(VistaError):
 
 class TrainingError(VistaError):
     """Training cannot go on."""
+
+
+class JobError(VistaError):
+    """The processes of a bulk run cannot be started, or the cluster they are to run on cannot be used."""
 
 
 class StoreError(VistaError):

@@ -72,14 +72,15 @@ class Progress:
         elif not self.quiet and (self._printed or not Progress._active):
             self._print(self.describe(now_s, ended=True) + ("" if kind is None else "  (not finished)"))
 
-    def advance(self, units: int = 1) -> None:
-        """Say that so many more units are done."""
+    def advance(self, units: int = 1, **facts: Any) -> None:
+        """Say that so many more units are done, and what goes with them (as ``update``)."""
         self.done += units
-        self._tick()
+        self.update(**facts)
 
     def update(self, **facts: Any) -> None:
         """Show facts beside the progress, such as ``loss=0.61``; a value of None takes its fact away."""
-        self._facts = {name: value for name, value in {**self._facts, **facts}.items() if value is not None}
+        if facts:
+            self._facts = {name: value for name, value in {**self._facts, **facts}.items() if value is not None}
         self._tick()
 
     def describe(self, now_s: float, ended: bool = False) -> str:

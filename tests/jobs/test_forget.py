@@ -21,8 +21,9 @@ from vista.data.forget import PARTIAL, Selection, pending
 from vista.data.histories import Histories, PreparedData
 from vista.errors import CheckpointError, ConfigError, DataError, StaleOutput, StoreError
 from vista.jobs import forget as job
+from vista.jobs.fold import summarize_users
 from vista.jobs.forget import Journal, absolute_url, forget
-from vista.jobs.summarize import summarize, summarize_users
+from vista.jobs.summarize import summarize
 from vista.schema import JOURNAL
 from vista.serving.scorer import Scorer
 from vista.store.contract import SummaryStore, open_store

@@ -13,7 +13,7 @@ from vista.checkpoint import Run, load_run
 from vista.config import resolve
 from vista.data.histories import PreparedData
 from vista.errors import CheckpointError, RecordError, StoreError
-from vista.jobs import summarize as job
+from vista.jobs import blocks, fold
 from vista.jobs.summarize import summarize
 from vista.models.inputs import Events
 from vista.records import from_records, to_records
@@ -115,7 +115,7 @@ def test_a_second_run_finds_everybody_current(data, run, tmp_path):
     with open_store(str(tmp_path / "store")) as store:
         first = summarize(run, data, store, quiet=True)
         again = summarize(run, data, store, quiet=True)
-        forced = summarize(run, data, store, force=True, quiet=True)
+        forced = summarize(run, data, store, all_users=True, quiet=True)
         assert store.published() == run.version
     assert (first.num_users, first.num_current) == (30, 0)
     assert (again.num_users, again.num_current) == (0, 30)
@@ -123,27 +123,27 @@ def test_a_second_run_finds_everybody_current(data, run, tmp_path):
 
 
 def test_an_interrupted_run_resumes_and_is_not_published_before(data, run, tmp_path, monkeypatch):
-    monkeypatch.setattr(job, "USERS_AT_ONCE", 8)
-    blocks = 0
-    summarize_users = job.summarize_users
+    monkeypatch.setattr(blocks, "USERS_AT_ONCE", 8)
+    num_calls = 0
+    summarize_users = fold.summarize_users
 
     def fail_in_the_third(*arguments):
-        nonlocal blocks
-        blocks += 1
-        if blocks == 3:
+        nonlocal num_calls
+        num_calls += 1
+        if num_calls == 3:
             raise KeyboardInterrupt
         return summarize_users(*arguments)
 
     with open_store(str(tmp_path / "store")) as store:
         with monkeypatch.context() as patch:
-            patch.setattr(job, "summarize_users", fail_in_the_third)
-            with pytest.raises(KeyboardInterrupt):
+            patch.setattr(fold, "summarize_users", fail_in_the_third)
+            with pytest.raises(KeyboardInterrupt, match="16 users were summarized and are in the store"):
                 summarize(run, data, store, quiet=True)
         assert store.published() is None
         with pytest.raises(StoreError, match="has not ended"):
             store.publish(run.version)
         report = summarize(run, data, store, quiet=True)
-        assert 0 < report.num_current < 30
+        assert report.num_current == 16
         assert report.num_users + report.num_current == 30
         assert store.published() == run.version
 

@@ -23,10 +23,10 @@ from vista.checkpoint import ModelSchema, Run
 from vista.config import Config
 from vista.data.sort import _is_duplicate
 from vista.errors import ConfigError, DataError
+from vista.jobs.fold import summarize_users
 from vista.jobs.order import NULL_ID, UNKNOWN_ID, Arrivals, hash_event_ids, order_of, repeats
 from vista.jobs.refold import Tracked, refold, start_border
 from vista.jobs.replay import MemoryLog
-from vista.jobs.summarize import summarize_users
 from vista.jobs.updates import (
     APPLIED,
     BAD_CLOCK,

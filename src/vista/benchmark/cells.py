@@ -28,7 +28,7 @@ from vista.config import Config
 from vista.data.histories import PreparedData
 from vista.evaluation.evaluate import evaluate
 from vista.evaluation.results import Evaluation
-from vista.jobs.summarize import summarize_users
+from vista.jobs.fold import summarize_users
 from vista.models.vista import SequenceModel
 from vista.store.record import encode
 from vista.training.loop import train

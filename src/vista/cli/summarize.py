@@ -5,11 +5,17 @@ from __future__ import annotations
 import json
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from vista.cli.store import URL_HELP
+
+if TYPE_CHECKING:
+    from vista.jobs.summarize import SummarizeReport
+
+EXIT_FAILED_USERS = 3  # the rest was done
+MOST_FAILED_SHOWN = 10  # by name; a Python call returns all of them
 
 
 def summarize(
@@ -17,25 +23,60 @@ def summarize(
     data: Annotated[Path, typer.Option(help="Prepared data folder.")],
     store: Annotated[str, typer.Option(help=URL_HELP)],
     codec: Annotated[str, typer.Option(help="How tokens are stored: int8, float16, bfloat16 or float32.")] = "int8",
-    force: Annotated[bool, typer.Option("--all", help="Also users whose stored record is current.")] = False,
+    all_users: Annotated[bool, typer.Option("--all", help="Also users whose stored record is current.")] = False,
     publish: Annotated[
         bool, typer.Option("--publish/--no-publish", help="Publish the version when all users are in the store.")
     ] = True,
+    engine: Annotated[str, typer.Option(help="Where the work is done: local (this machine) or ray.")] = "local",
+    workers: Annotated[
+        int | None, typer.Option(help="Processes that read histories; default: one per core, if there is enough to do.")
+    ] = None,
+    ray_address: Annotated[
+        str | None, typer.Option(help="A Ray cluster (with --engine ray); default: one that runs here, else a new one.")
+    ] = None,
 ) -> None:
     """Summarize every user's history into a store, and publish the model version.
 
     Only users with new events since their stored record; an interrupted run goes on where it stopped. With
     `--no-publish`, readers of the published version see no change until `vista store publish`.
+
+    A user that cannot be summarized is left out and named at the end, and the command ends with status 3; the same
+    command takes up those alone. Too many of them, and the version is not published. See docs/bulk.md.
     """
     from vista import api
     from vista.store.contract import shown
 
-    report = api.summarize(run, data, store, codec=codec, force=force, publish=publish)
-    done = "published" if publish else "not published:"
+    report = api.summarize(
+        run, data, store, codec=codec, all_users=all_users, publish=publish, engine=engine, workers=workers,
+        ray_address=ray_address,
+    )  # fmt: skip
+    done = "published" if report.is_published else "not published:"
     typer.echo(
         f"summarized {report.num_users:,} users ({report.num_events:,} events), {report.num_current:,} were current; "
         f"{done} version {report.version} in {shown(store)}"
     )
+    if report.failed:
+        _report_failed(report)
+        raise typer.Exit(EXIT_FAILED_USERS)
+
+
+def _report_failed(report: SummarizeReport) -> None:
+    """Who has no new record and why, and how to go on."""
+    for user in report.failed[:MOST_FAILED_SHOWN]:
+        typer.echo(f"failed: user {user.user_id}: {user.reason}", err=True)
+    if len(report.failed) > MOST_FAILED_SHOWN:
+        typer.echo(f"failed: {len(report.failed) - MOST_FAILED_SHOWN:,} more", err=True)
+    typer.echo(
+        f"{len(report.failed):,} of {report.num_expected:,} users failed; mend what is said above, then run the same "
+        "command again: it takes up only who is missing",
+        err=True,
+    )
+    if not report.is_complete:
+        typer.echo(
+            f"too many for version {report.version} to be published; to do it all the same: "
+            f"vista store publish STORE {report.version} --force",
+            err=True,
+        )
 
 
 def rank(

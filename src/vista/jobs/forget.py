@@ -28,7 +28,8 @@ from vista.data.forget import Selection
 from vista.data.histories import Histories, PreparedData
 from vista.data.prepare import verify
 from vista.errors import ConfigError, DataError, RecordError, StoreError
-from vista.jobs.summarize import refresh_popularity, summarize_users
+from vista.jobs.fold import summarize_users
+from vista.jobs.summarize import refresh_popularity
 from vista.progress import Progress
 from vista.schema import Manifest
 from vista.store.contract import SummaryStore, Write, open_store

@@ -24,6 +24,11 @@ class VersionInfo:
     is_complete: bool = False
     created_us: int = 0
 
+    @property
+    def is_covered(self) -> bool:
+        """Whether it holds as many of the expected users as publishing asks for."""
+        return self.num_users >= LEAST_COVERAGE * self.expected_users
+
     def to_json(self) -> dict[str, object]:
         return asdict(self)
 
@@ -76,8 +81,7 @@ def check_publishable(info: VersionInfo | None, version: str, force: bool) -> No
     """Refuse to publish what is not there, not complete, or covers too few of the expected users."""
     if info is None:
         raise StoreError(f"version {version} is not in the store; run: vista summarize")
-    coverage = info.num_users / info.expected_users if info.expected_users else 1.0
-    if not force and (not info.is_complete or coverage < LEAST_COVERAGE):
+    if not force and not (info.is_complete and info.is_covered):
         raise StoreError(
             f"version {version} holds {info.num_users} of {info.expected_users} users"
             f"{'' if info.is_complete else ' and its bulk run has not ended'}; finish it with vista summarize, or force"

@@ -75,9 +75,7 @@ def check_kills(folder: Path, num_kills: int, size: int, seed: int, **options) -
     num_at_work = 0
     for number in range(num_kills):
         log.append(events[number * part : (number + 1) * part])
-        worker = start(
-            f"dir:{folder / 'log'}", str(folder / "store"), folder / "dead", borders=True, log="one", **options
-        )
+        worker = start(f"dir:{folder / 'log'}", str(folder / "store"), folder / "dead", **options)
         assert worker.stdout is not None
         assert worker.stdout.readline() == "begins\n"
         time.sleep(rng.uniform(0, 0.4))
@@ -86,9 +84,7 @@ def check_kills(folder: Path, num_kills: int, size: int, seed: int, **options) -
         worker.stdout.close()
     assert num_at_work == num_kills
     stream(f"dir:{folder / 'log'}", str(folder / "store"), folder / "dead", **end)
-    stream(
-        f"dir:{folder / 'whole'}", f"memory:{folder}", folder / "dead whole", borders=True, until_end=True, log="one"
-    )
+    stream(f"dir:{folder / 'whole'}", f"memory:{folder}", folder / "dead whole", **end)
     assert contents(str(folder / "store")) == contents(f"memory:{folder}")
     assert refused(folder / "dead") == refused(folder / "dead whole")
 

@@ -92,7 +92,9 @@ class KafkaSource:
 
     def read(self, max_entries: int, timeout_s: float) -> list[Entry]:
         with self._errors():
-            messages = self._consumer.consume(max_entries, timeout=timeout_s)
+            messages = self._consumer.consume(1, timeout=timeout_s)
+            if messages and max_entries > 1:  # waiting for all of them would last until the timeout
+                messages += self._consumer.consume(max_entries - 1, timeout=0)
             for message in messages:
                 if message.error() is not None:
                     raise self._kafka.KafkaException(message.error())

@@ -6,6 +6,7 @@ blocks; tokens and state of a block are committed together, so that an interrupt
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ import torch
 from vista.batches.timelines import ragged_arange
 from vista.checkpoint import Run
 from vista.data.histories import Histories, PreparedData
+from vista.errors import VistaWarning
 from vista.models.inputs import Events
 from vista.models.vista import SequenceModel
 from vista.progress import Progress
@@ -62,6 +64,8 @@ def summarize(
             current += len(block) - len(wanted)
             lengths = histories.lengths()
             if len(wanted):
+                if not num_users:
+                    _restart_streams(store, run.version)
                 records = summarize_users(model, histories, wanted, data.user_ids[wanted], run.version)
                 store.commit([(r.kind, r.user_key, encode(r, codec)) for r in records], version=run.version)
                 num_users += len(wanted)
@@ -71,6 +75,20 @@ def summarize(
     if publish:
         store.publish(run.version)
     return SummarizeReport(num_users, num_events, current, run.version)
+
+
+def _restart_streams(store: SummaryStore, version: str) -> None:
+    """Remove streams' positions: a state made anew has none of the events that a log has brought since."""
+    keys = [key for key, _ in store.scan("position", version)]
+    for key in keys:
+        store.delete(key, version)
+    if keys:
+        warnings.warn(
+            f"version {version} is streamed into: users summarized now lose the marks of it, so the stream must start "
+            "again, at the beginning of its log; --since passes over what the data has",
+            VistaWarning,
+            stacklevel=3,
+        )
 
 
 def _not_current(block: np.ndarray, data: PreparedData, store: SummaryStore, version: str) -> np.ndarray:

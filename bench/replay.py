@@ -28,7 +28,8 @@ from vista.config import resolve
 from vista.jobs.order import UNKNOWN_ID, Arrivals
 from vista.jobs.refold import Tracked, refold, start_border
 from vista.jobs.replay import NEVER_US
-from vista.jobs.updates import Changed, Update, UpdateOptions, update_states
+from vista.jobs.stored import Changed
+from vista.jobs.updates import Update, UpdateOptions, update_states
 from vista.models.borders import Spacing
 from vista.models.embeddings import ItemTables
 from vista.models.vista import SequenceModel, make_model

@@ -4,11 +4,14 @@ prepare    event log -> prepared data         train      prepared data -> run
 load       run -> model, config, catalogue    evaluate   run, data -> metrics
 summarize  run, data -> store                 rank       run, store, user, candidates -> scores
 forget     data, store, users -> both without some of their events
+stream     run, event log, store -> states and tokens kept up to date
+stream_status  event log, store -> how far streams are, and how far behind
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,10 @@ from vista.evaluation.evaluate import evaluate as _evaluate
 from vista.evaluation.results import Evaluation
 from vista.jobs.forget import ForgetReport
 from vista.jobs.forget import forget as _forget
+from vista.jobs.sources.contract import open_source
+from vista.jobs.stream import Stream, StreamOptions, StreamReport, stopped_by_signals
+from vista.jobs.stream_status import PartitionStatus
+from vista.jobs.stream_status import stream_status as _stream_status
 from vista.jobs.summarize import SummarizeReport, make_engine
 from vista.jobs.summarize import summarize as _summarize
 from vista.schema import Manifest
@@ -31,7 +38,7 @@ from vista.store.contract import open_store
 from vista.store.record import CODECS
 from vista.training.loop import train as _train
 
-__all__ = ["evaluate", "forget", "load", "prepare", "rank", "summarize", "train"]
+__all__ = ["evaluate", "forget", "load", "prepare", "rank", "stream", "stream_status", "summarize", "train"]
 
 
 def prepare(events: Path | str, out: Path | str, **options: Any) -> Manifest:
@@ -125,3 +132,23 @@ def forget(
     """
     selection = Selection(tuple(users), item, before_us, everything)
     return _forget(Path(data), str(store), selection, [load_run(run) for run in runs], delete_others, quiet)
+
+
+def stream(run: Path | str, source: str, store: str, stop_on_signals: bool = False, **options: Any) -> StreamReport:
+    """Events from a log (``dir:PATH``, ``redis://...``, ``kafka://...``) into a store; see docs/stream.md.
+
+    options: the fields of ``vista.jobs.stream.StreamOptions``; with ``until_end=True`` it returns when the log is read.
+    stop_on_signals: SIGTERM and SIGINT end it after the micro-batch under way; for the main thread.
+    """
+    wanted = StreamOptions(**options)
+    loaded = load_run(run)
+    with open_source(source) as log, open_store(str(store)) as opened:
+        made = Stream(loaded, opened, log, wanted)
+        with stopped_by_signals(made) if stop_on_signals else nullcontext():
+            return made.go()
+
+
+def stream_status(source: str, store: str, log: str | None = None) -> list[PartitionStatus]:
+    """How far the streams of a log into a store are, by model version and partition. log: the name given with --log."""
+    with open_source(source) as opened_source, open_store(str(store), read_only=True) as opened:
+        return _stream_status(opened, opened_source, log)

@@ -8,8 +8,9 @@
     ├── CheckpointError      a run folder that cannot be loaded, or does not match the data
     ├── TrainingError        training cannot go on: a loss that is not finite, a label that never varies
     ├── JobError             the processes of a bulk run cannot be started, or the cluster cannot be used
-    └── StoreError           the summary store cannot be opened, read or written
-        └── RecordError        one record is corrupt, too new, or belongs to another model version
+    ├── StoreError           the summary store cannot be opened, read or written
+    │   └── RecordError        one record is corrupt, too new, or belongs to another model version
+    └── SourceError          an event log cannot be opened or read
 
 Each message names the place (file, row, column, parameter, user), the value found there, and what to do about it.
 The command line prints the message without a traceback and exits with ``exit_code``.
@@ -61,6 +62,10 @@ class StoreError(VistaError):
 
 class RecordError(StoreError):
     """One stored record is corrupt, too new for this reader, or belongs to another model version."""
+
+
+class SourceError(VistaError):
+    """An event log cannot be opened or read."""
 
 
 class VistaWarning(UserWarning):

@@ -7,6 +7,7 @@ on other users.
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -25,25 +26,71 @@ SKETCH_ARRAYS = ("sketch_slot", "sketch_entries", "sketch_decayed", "sketch_cloc
 RECENT_TYPES = {"item": np.int32, "action": np.int16, "timestamp_us": np.int64, "gap_us": np.int64}
 
 
-@torch.no_grad()
 def to_records(model: SequenceModel, state: UserState, user_ids: list[Any], version: str) -> list[Record]:
     """The tokens and state records of B users, two per user, with the tokens as of each newest closed border."""
+    kinds = (records(model, state, user_ids, version) for records in (tokens_records, state_records))
+    return [record for pair in zip(*kinds, strict=True) for record in pair]
+
+
+@torch.no_grad()
+def tokens_records(
+    model: SequenceModel, state: UserState, user_ids: list[Any], version: str, alone: bool = False
+) -> list[Record]:
+    """The tokens records of B users. alone: read each by itself, as ``Summarizer.extend`` folds segments."""
+    if alone and state.num_users > 1:
+        each = (one_user(state, row) for row in range(state.num_users))
+        return [
+            record
+            for one, user_id in zip(each, user_ids, strict=True)
+            for record in tokens_records(model, one, [user_id], version)
+        ]
     tokens = model.state_tokens(state).float().numpy()
-    sketch = state.memory[-1][0] if model.sketch is not None else ()
-    memory = [t.numpy() for t in flatten(state.memory[:-1] if sketch else state.memory)]
+    sketch = _sketch_of(model, state)
     newest = model.config.recent_events
     records = []
     for row, user in enumerate(user_ids):
-        held = state.recent.item[row] > 0
-        kept = {f"recent_{n}": getattr(state.recent, n)[row, held].numpy().astype(t) for n, t in RECENT_TYPES.items()}
-        hot = {name: array[-newest:] for name, array in kept.items()} | {"tokens": tokens[row]}
-        facts_held = sketch_arrays(tuple(t[row] for t in sketch))
-        hot |= facts_held
-        cold = kept | {f"memory_{i}": t[row] for i, t in enumerate(memory)} | facts_held
-        cold["first_us"] = state.progress.first_us[row : row + 1].numpy()
-        facts = (user_key(user), int(state.progress.last_us[row]), int(state.progress.num_events[row]))
-        records += [Record("tokens", version, *facts, hot), Record("state", version, *facts, cold)]
+        hot = {name: array[-newest:] for name, array in _recent_arrays(state, row).items()} | {"tokens": tokens[row]}
+        hot |= sketch_arrays(tuple(t[row] for t in sketch))
+        records.append(Record("tokens", version, *_facts(state, row, user), hot))
     return records
+
+
+@torch.no_grad()
+def state_records(model: SequenceModel, state: UserState, user_ids: list[Any], version: str) -> list[Record]:
+    """The state records of B users."""
+    sketch = _sketch_of(model, state)
+    memory = [t.numpy() for t in flatten(state.memory[:-1] if sketch else state.memory)]
+    records = []
+    for row, user in enumerate(user_ids):
+        cold = _recent_arrays(state, row) | {f"memory_{i}": t[row] for i, t in enumerate(memory)}
+        cold |= sketch_arrays(tuple(t[row] for t in sketch))
+        cold["first_us"] = state.progress.first_us[row : row + 1].numpy()
+        records.append(Record("state", version, *_facts(state, row, user), cold))
+    return records
+
+
+def _sketch_of(model: SequenceModel, state: UserState) -> Running:
+    """The sketches of a state; nothing where the model has none."""
+    return state.memory[-1][0] if model.sketch is not None else ()
+
+
+def _recent_arrays(state: UserState, row: int) -> dict[str, np.ndarray]:
+    """All events held of one user."""
+    held = state.recent.item[row] > 0
+    return {f"recent_{n}": getattr(state.recent, n)[row, held].numpy().astype(t) for n, t in RECENT_TYPES.items()}
+
+
+def _facts(state: UserState, row: int, user_id: Any) -> tuple[bytes, int, int]:
+    return user_key(user_id), int(state.progress.last_us[row]), int(state.progress.num_events[row])
+
+
+def one_user(state: UserState, row: int) -> UserState:
+    """One of the users of a state."""
+    chosen = slice(row, row + 1)
+    progress = Progress(*(getattr(state.progress, f.name)[chosen] for f in fields(Progress)))
+    recent = Recent(*(getattr(state.recent, f.name)[chosen] for f in fields(Recent)))
+    # clones: the address of a tensor's first byte may choose another way through a matrix product
+    return UserState(progress, recent, unflatten([t[chosen].clone() for t in flatten(state.memory)], state.memory))
 
 
 def from_records(model: SequenceModel, records: list[Record | None]) -> UserState:

@@ -99,6 +99,20 @@ class StoreContract:
         assert store.get_many("border", [b"a"], V1) == [b"new"]
         assert store.get_many("tokens", [b"a"], V1) == [tokens_of(V1, b"a")]
 
+    def test_a_position_is_a_record_of_no_user(self, store):
+        """Committed with others or alone; it goes with its version, and no other has it."""
+        fill(store, V1, b"a")
+        store.commit([*writes(b"b"), ("position", b"log", b"1")], V1)
+        store.commit([("position", b"log", b"2")], V1)
+        assert store.get_many("position", [b"log", b"a"], V1) == [b"2", None]
+        assert list(store.scan("position", V1)) == [(b"log", b"2")]
+        assert store.versions()[0].num_users == 2
+        fill(store, V2, b"a")
+        assert store.get_many("position", [b"log"], V2) == [None]
+        store.publish(V2)
+        assert store.drop_version(V1) == 5
+        assert store.get_many("position", [b"log"], V1) == [None]
+
     def test_any_key_and_any_value_will_do(self, store):
         """Keys that begin others, with zero bytes, of all bytes, the longest; an empty value and a large one."""
         keys = [b"s:", b"s:\0", b"s:\0\0", b"s:a", b"s:aa", bytes(range(256)), b"x" * LONGEST_KEY]
@@ -148,7 +162,7 @@ class StoreContract:
         fill(store, V2, b"a", b"b")
         store.commit([("border", b"a", b"borders")], V1)
         assert store.delete(b"a", V1) == 3
-        assert [store.get_many(kind, [b"a"], V1) for kind in KINDS] == [[None]] * 3
+        assert [store.get_many(kind, [b"a"], V1) for kind in KINDS] == [[None]] * len(KINDS)
         assert store.get_many("tokens", [b"a", b"b"], V2) == [tokens_of(V2, b"a"), tokens_of(V2, b"b")]
         assert store.delete(b"a", V1) == 0
         assert [info.num_users for info in store.versions()] == [1, 2]
@@ -307,7 +321,7 @@ class StoreContract:
         store.publish(V3)
         assert store.drop_version(V2) == 600
         assert [info.version for info in store.versions()] == [V1, V3]
-        assert [list(store.scan(kind, V2)) for kind in KINDS] == [[], [], []]
+        assert [list(store.scan(kind, V2)) for kind in KINDS] == [[]] * len(KINDS)
         for version in (V1, V3):
             assert len(list(store.scan("tokens", version))) == len(list(store.scan("state", version))) == 300
         assert store.drop_version(V2) == 0

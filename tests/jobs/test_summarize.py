@@ -12,7 +12,7 @@ from tests.training.worlds import SMALL, write_world
 from vista.checkpoint import Run, load_run
 from vista.config import resolve
 from vista.data.histories import PreparedData
-from vista.errors import CheckpointError, RecordError, StoreError
+from vista.errors import CheckpointError, RecordError, StoreError, VistaWarning
 from vista.jobs import blocks, fold
 from vista.jobs.summarize import summarize
 from vista.models.inputs import Events
@@ -194,3 +194,15 @@ def test_other_data_is_refused(run, tmp_path):
     (tmp_path / "data" / "manifest.json").write_text(text.replace("share", "buy"))
     with open_store(str(tmp_path / "store")) as store, pytest.raises(CheckpointError, match="trained on other data"):
         summarize(run, PreparedData.open(other.folder), store, quiet=True)
+
+
+def test_streams_start_again_where_users_are_summarized_anew(run, data, tmp_path):
+    """Their states have no marks: what a log has brought since would be missing."""
+    with open_store(str(tmp_path / "store")) as store:
+        summarize(run, data, store, quiet=True)
+        store.commit([("position", b"log", b"where it is")], run.version)
+        summarize(run, data, store, quiet=True)  # nobody is
+        assert store.get_many("position", [b"log"], run.version) == [b"where it is"]
+        with pytest.warns(VistaWarning, match="the stream must start again"):
+            summarize(run, data, store, all_users=True, quiet=True)
+        assert store.get_many("position", [b"log"], run.version) == [None]

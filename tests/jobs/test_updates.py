@@ -27,6 +27,7 @@ from vista.jobs.fold import summarize_users
 from vista.jobs.order import NULL_ID, UNKNOWN_ID, Arrivals, hash_event_ids, order_of, repeats
 from vista.jobs.refold import Tracked, refold, start_border
 from vista.jobs.replay import MemoryLog
+from vista.jobs.stored import load_states
 from vista.jobs.updates import (
     APPLIED,
     BAD_CLOCK,
@@ -38,7 +39,6 @@ from vista.jobs.updates import (
     NewEvents,
     UpdateOptions,
     apply_events,
-    load_states,
 )  # fmt: skip
 from vista.models.borders import KeptBorders, Spacing
 from vista.models.embeddings import ItemTables

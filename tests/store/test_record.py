@@ -260,7 +260,7 @@ def test_a_record_with_any_byte_changed_to_any_other_is_refused():
         (lambda blob: b"PK\3\4" + blob[4:], "not a record"),
         (lambda blob: forged(blob, 4, b"\2\0"), "format version 2: this vista reads 1 to 1; update it"),
         (lambda blob: forged(blob, 4, b"\0\0"), "format version 0"),
-        (lambda blob: forged(blob, 6, b"\3"), "unknown kind 3"),
+        (lambda blob: forged(blob, 6, b"\4"), "unknown kind 4"),
         (lambda blob: forged(blob, 7, b"\4"), "unknown kind 0 or codec 4"),
         (lambda blob: blob[:-1] + bytes([blob[-1] ^ 1]), "checksum mismatch.*summarize the user again"),
         (lambda blob: forged(blob, 8, b"\xff\xff"), "the table of arrays reaches beyond"),

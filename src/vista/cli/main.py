@@ -28,6 +28,7 @@ from vista.cli.evaluate import evaluate
 from vista.cli.forget import forget
 from vista.cli.prepare import prepare
 from vista.cli.store import app as store
+from vista.cli.stream import app as stream
 from vista.cli.summarize import rank, summarize
 from vista.cli.train import train
 from vista.errors import VistaError, VistaWarning
@@ -112,6 +113,7 @@ app.command()(prepare)
 app.command()(train)
 app.command()(evaluate)
 app.command()(summarize)
+app.add_typer(stream)
 app.command()(rank)
 app.command()(forget)
 app.add_typer(store)

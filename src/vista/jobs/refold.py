@@ -77,19 +77,21 @@ def start_border(model: SequenceModel) -> Border:
 
 @torch.no_grad()
 def refold(
-    model: SequenceModel, tracked: Tracked, bases: Sequence[Border | None], tail: Arrivals, spacing: Spacing | None
-) -> Tracked:
+    model: SequenceModel, tracked: Tracked, bases: Sequence[Border | None], tail: Arrivals, spacing: Spacing | None,
+    alone: bool = False,
+) -> Tracked:  # fmt: skip
     """The states after going back to ``bases`` and reading ``tail``.
 
     bases: one per user, None for its newest closed border. tail: all events after the bases, by user and in order;
-    ``tail.user`` are rows of ``tracked``. spacing: borders that are passed and belong to the kept ones are kept.
+    ``tail.user`` are rows of ``tracked``. spacing: borders that are passed and belong to the kept ones are kept. alone:
+    as ``Summarizer.extend`` has it.
     """
     before, event_id = rewind(model, tracked, bases)
     plan = _Plan.of(model, tracked, before, tail, spacing)
     passed: list[list[Border]] = [plan.border_here(user, before) for user in range(before.num_users)]
     state = before
     for step in range(plan.num_steps):
-        state = model.extend(state, plan.part(step, tail))
+        state = model.extend(state, plan.part(step, tail), alone)
         for user in plan.users_at_a_border(step):
             passed[user] += plan.border_reached(user, step, state, bases[user])
     borders = tuple(
@@ -241,3 +243,26 @@ def take_users(tracked: Tracked, rows: np.ndarray) -> Tracked:
     memory: Memory = unflatten([t[index] for t in flatten(state.memory)], state.memory)
     borders = tuple(tracked.borders[row] for row in rows.tolist())
     return replace(tracked, state=UserState(progress, recent, memory), event_id=tracked.event_id[rows], borders=borders)
+
+
+def put_users(tracked: Tracked, rows: np.ndarray, changed: Tracked) -> Tracked:
+    """``tracked`` with ``changed`` in the place of some of its users."""
+    index = torch.from_numpy(rows)
+    state, new = tracked.state, changed.state
+
+    def put(old: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        return old.index_copy(0, index, values)
+
+    def each(old: Progress | Recent, values: Progress | Recent) -> dict[str, torch.Tensor]:
+        return {f.name: put(getattr(old, f.name), getattr(values, f.name)) for f in fields(old)}
+
+    memory = [put(old, values) for old, values in zip(flatten(state.memory), flatten(new.memory), strict=True)]
+    event_id, borders = tracked.event_id.copy(), list(tracked.borders)
+    event_id[rows] = changed.event_id
+    for row, kept in zip(rows.tolist(), changed.borders, strict=True):
+        borders[row] = kept
+    merged = UserState(
+        Progress(**each(state.progress, new.progress)), Recent(**each(state.recent, new.recent)),
+        unflatten(memory, state.memory),
+    )  # fmt: skip
+    return Tracked(merged, event_id, tuple(borders))

@@ -9,6 +9,7 @@ interrupted run goes on where it stopped, and a block that is folded twice is st
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ import numpy as np
 from vista.checkpoint import Run, write_popularity
 from vista.data.histories import PreparedData
 from vista.data.popularity import latest_table
-from vista.errors import ConfigError, RecordError, nearest
+from vista.errors import ConfigError, RecordError, VistaWarning, nearest
 from vista.jobs.blocks import USERS_AT_ONCE, Block, plan
 from vista.jobs.fold import FailedUser, Fold, Folded, FoldTask
 from vista.jobs.local import LocalEngine
@@ -120,6 +121,20 @@ def refresh_popularity(run: Run, data: PreparedData) -> None:
         write_popularity(run.folder, *latest_table(data))
 
 
+def _restart_streams(store: SummaryStore, version: str) -> None:
+    """Remove streams' positions: a state made anew has none of the events that a log has brought since."""
+    keys = [key for key, _ in store.scan("position", version)]
+    for key in keys:
+        store.delete(key, version)
+    if keys:
+        warnings.warn(
+            f"version {version} is streamed into: users summarized now lose the marks of it, so the stream must start "
+            "again, at the beginning of its log; --since passes over what the data has",
+            VistaWarning,
+            stacklevel=3,
+        )
+
+
 @dataclass
 class _Done:
     """What has come of a run so far."""
@@ -149,6 +164,8 @@ def _fold_all(
     ):
         for folded in results:
             if folded.writes:
+                if not done.num_users:
+                    _restart_streams(store, run.version)
                 store.commit(folded.writes, version=run.version)
             done.add(folded)
             rate = done.num_users / max(time.monotonic() - start_s, 1e-3)

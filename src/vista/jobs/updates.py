@@ -25,7 +25,6 @@ Shape letters: B users, R recent events, N events.
 from __future__ import annotations
 
 import time
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -36,22 +35,22 @@ import numpy as np
 from vista.catalogue import id_array
 from vista.checkpoint import Run
 from vista.errors import ConfigError, DataError
-from vista.jobs.order import UNKNOWN_ID, Arrivals, hash_event_ids, moves, order_of, repeats
+from vista.jobs.order import Arrivals, hash_event_ids, moves, order_of, repeats
 from vista.jobs.refold import Tracked, refold, start_border, take_users
 from vista.jobs.replay import ReplaySource
+from vista.jobs.stored import Changed, load_states, writes_of
 from vista.models.borders import Border, Spacing
 from vista.models.vista import SequenceModel
-from vista.records import borders_from_record, borders_to_record, from_records, to_records
-from vista.store.contract import SummaryStore, Write
-from vista.store.record import decode, encode, user_key
+from vista.store.contract import SummaryStore
+from vista.store.record import user_key
 
 USERS_AT_ONCE = 256  # in one commit; with kept borders a user of a million events has some 300 kilobytes
 AHEAD_US = 300 * 1_000_000  # clocks of servers agree within seconds, those of phones within minutes
 EARLIEST_US = 631_152_000 * 1_000_000  # 1990, as in `vista prepare`: an older time is a wrong unit or column
 
-# What became of an event. All but the last three are part of the history now.
-APPLIED, SORTED_IN, REPLAYED, DUPLICATE, TOO_LATE, BAD_CLOCK = range(6)
-OUTCOMES = ("applied", "sorted in", "replayed", "duplicate", "too late", "bad clock")
+# What became of an event. The first three are part of the history now; the last was delivered before.
+APPLIED, SORTED_IN, REPLAYED, DUPLICATE, TOO_LATE, BAD_CLOCK, DELIVERED_BEFORE = range(7)
+OUTCOMES = ("applied", "sorted in", "replayed", "duplicate", "too late", "bad clock", "delivered before")
 
 
 @dataclass(frozen=True)
@@ -90,20 +89,24 @@ class Clock:
     ahead_us: int = AHEAD_US
     earliest_us: int = EARLIEST_US
 
-    def believes(self, timestamp_us: np.ndarray) -> np.ndarray:
-        """(N,) bool."""
-        now_us = time.time_ns() // 1000 if self.now_us is None else self.now_us
+    def believes(self, timestamp_us: np.ndarray, arrived_us: np.ndarray | None = None) -> np.ndarray:
+        """(N,) bool. arrived_us (N,): what the clock said when each arrived, -1 where that is not known."""
+        now_us = np.array(time.time_ns() // 1000 if self.now_us is None else self.now_us)
+        if arrived_us is not None:
+            now_us = np.where(arrived_us >= 0, arrived_us, now_us)
         return (timestamp_us >= self.earliest_us) & (timestamp_us <= now_us + self.ahead_us)
 
 
 @dataclass(frozen=True)
 class UpdateOptions:
-    """source: where a replay reads, None for none; spacing: which borders are kept, None for none; codec: of tokens."""
+    """source: where a replay reads, None for none; spacing: which borders are kept, None for none; codec: of tokens;
+    alone: fold every segment by itself, so that states do not depend, to the last bit, on what is applied together."""
 
     source: ReplaySource | None = None
     spacing: Spacing | None = None
     clock: Clock = field(default_factory=Clock)
     codec: str = "int8"
+    alone: bool = False
 
 
 @dataclass(frozen=True)
@@ -132,9 +135,7 @@ def apply_events(run: Run, store: SummaryStore, events: NewEvents, options: Upda
     for a damaged record.
     """
     options = options or UpdateOptions()
-    model = run.sequence_model
-    if model.config.scope == "full":
-        raise ConfigError("scope 'full' has no state to update, it reads the whole history each time: summarize again")
+    model = check_model(run)
     arrivals, user_ids = encode_events(run, events)
     outcome = np.full(len(arrivals), BAD_CLOCK, np.int8)
     rows = np.flatnonzero(options.clock.believes(arrivals.timestamp_us))
@@ -150,10 +151,18 @@ def apply_events(run: Run, store: SummaryStore, events: NewEvents, options: Upda
         done, update = update_states(model, loaded.tracked, events_of_block, ids, options)
         outcome[mine] = update.outcome
         totals += (update.num_changed, update.num_replays, update.num_replayed_events)
-        writes = writes_of(run, loaded, done, ids, options.codec)
+        writes = writes_of(run, loaded, done, ids, options.codec, alone=options.alone)
         if writes:
             store.commit(writes, run.version)
     return Update(outcome, *totals.tolist())
+
+
+def check_model(run: Run) -> SequenceModel:
+    """The model of a run, if it has states. Raises CheckpointError or ConfigError where it has none."""
+    model = run.sequence_model
+    if model.config.scope == "full":
+        raise ConfigError("scope 'full' has no state to update, it reads the whole history each time: summarize again")
+    return model
 
 
 def encode_events(run: Run, events: NewEvents) -> tuple[Arrivals, list[Any]]:
@@ -172,14 +181,6 @@ def encode_events(run: Run, events: NewEvents) -> tuple[Arrivals, list[Any]]:
     return Arrivals(user, item, np.array(action, np.int64), times, event_id), user_ids
 
 
-@dataclass(frozen=True)
-class Changed:
-    """States that an update has changed: users, their rows among those it was given, (C,) int64; tracked, C of them."""
-
-    users: np.ndarray
-    tracked: Tracked
-
-
 def update_states(
     model: SequenceModel, tracked: Tracked, events: Arrivals, user_ids: Sequence[Any], options: UpdateOptions
 ) -> tuple[Changed, Update]:
@@ -193,7 +194,7 @@ def update_states(
     place = np.full(len(user_ids), -1)
     place[users] = np.arange(len(users))
     tail = replace(tail, user=place[tail.user]).take(place[tail.user] >= 0)
-    done = refold(model, take_users(tracked, users), chosen, tail, options.spacing)
+    done = refold(model, take_users(tracked, users), chosen, tail, options.spacing, options.alone)
     is_replay = np.array([base is not None for base in chosen], bool)
     num_read_again = int(is_replay[tail.user].sum())
     return Changed(users, done), Update(step.outcome, len(users), int(is_replay.sum()), num_read_again)
@@ -359,57 +360,3 @@ def _repeats_in_order(line: Arrivals) -> np.ndarray:
 
 def _utc(timestamp_us: int) -> str:
     return datetime.fromtimestamp(timestamp_us / 1e6, UTC).isoformat()
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """States read from a store, and the checksum of each user's border record, (B,) int64, -1 where none is in use."""
-
-    tracked: Tracked
-    border_crc: np.ndarray
-
-
-def load_states(model: SequenceModel, store: SummaryStore, user_ids: Sequence[Any], version: str) -> Loaded:
-    """The stored states of some users; those the store does not know have no events.
-
-    A border record is used only if the state record names it: a state that was written without regard to kept borders
-    (a bulk run, a removal) has none.
-    """
-    keys = [user_key(user_id) for user_id in user_ids]
-    blobs = store.get_many("state", keys, version)
-    records = [None if blob is None else decode(blob, version) for blob in blobs]
-    tracked = Tracked.of(from_records(model, records))
-    border_crc = np.full(len(keys), -1)
-    borders = list(tracked.borders)
-    for user, (record, blob) in enumerate(zip(records, store.get_many("border", keys, version), strict=True)):
-        if record is None:
-            continue
-        event_id = record.arrays.get("recent_event_id", np.zeros(0, np.int64))
-        tracked.event_id[user, tracked.event_id.shape[1] - len(event_id) :] = event_id
-        if blob is not None and record.arrays.get("border_crc", [-1])[0] == zlib.crc32(blob):
-            border_crc[user], borders[user] = zlib.crc32(blob), borders_from_record(decode(blob, version))
-    return Loaded(replace(tracked, borders=tuple(borders)), border_crc)
-
-
-def writes_of(run: Run, loaded: Loaded, done: Changed, user_ids: Sequence[Any], codec: str) -> list[Write]:
-    """What is to be stored after an update: per changed user tokens and state, and the borders where they changed."""
-    ids = [user_ids[user] for user in done.users.tolist()]
-    records = to_records(run.sequence_model, done.tracked.state, ids, run.version)
-    writes: list[Write] = []
-    for row, user in enumerate(done.users.tolist()):
-        tokens, state = records[2 * row : 2 * row + 2]
-        crc = int(loaded.border_crc[user])
-        kept = done.tracked.borders[row]
-        if not kept.is_same(loaded.tracked.borders[user]):
-            record = borders_to_record(kept, user_ids[user], run.version)
-            blob = encode(record, codec)
-            crc = zlib.crc32(blob)
-            writes.append((record.kind, record.user_key, blob))
-        num_held = int(done.tracked.num_held[row])
-        event_id = done.tracked.event_id[row, done.tracked.event_id.shape[1] - num_held :]
-        extra = {"border_crc": np.array([crc])} if crc >= 0 else {}
-        if (event_id != UNKNOWN_ID).any():
-            extra["recent_event_id"] = event_id
-        state = replace(state, arrays=state.arrays | extra)
-        writes += [(record.kind, record.user_key, encode(record, codec)) for record in (tokens, state)]
-    return writes

@@ -17,7 +17,7 @@ heads.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from vista.config import ModelConfig
 from vista.errors import ConfigError
-from vista.models.batch import LayerMemory
+from vista.models.batch import LayerMemory, flatten, unflatten
 from vista.models.embeddings import EventEmbedding
 from vista.models.inputs import US_PER_S, Events, Progress, Recent, ragged_index
 from vista.models.layers import GatedUnit, aligned, join_heads, norm
@@ -194,8 +194,11 @@ class Summarizer(nn.Module):
         size = 0 if self.config.scope == "full" else self.config.recent_events
         return UserState(Progress.start(num_users, device), Recent.empty(num_users, size, device), memory)
 
-    def extend(self, state: UserState, events: Events) -> UserState:
+    def extend(self, state: UserState, events: Events, alone: bool = False) -> UserState:
         """The state after these events, which happen after all that the state knows; the gap to them is taken from it.
+
+        alone: fold every segment by itself. A matrix product of another height may round its rows differently; so the
+        result is bit for bit the same however the events are cut into calls and whoever else is in them, and slower.
 
         Raises ConfigError with scope "full", whose state is the history itself, for more than one user at a time.
         """
@@ -211,6 +214,10 @@ class Summarizer(nn.Module):
         if events.item.device.type != "cpu":
             at_once = max(at_once, GPU_BLOCK_EVENTS // (self.config.segment_events * max(len(closed), 1)))
         memory = state.memory
+        if alone:
+            return UserState(
+                state.progress.advance(events), state.recent.push(events), self._fold_alone(memory, pending, closed)
+            )
         for start in range(0, int(closed.max()) if len(closed) else 0, at_once):
             memory = self._fold_block(memory, pending, start, (closed - start).clamp(0, at_once))
         return UserState(state.progress.advance(events), state.recent.push(events), memory)
@@ -301,6 +308,20 @@ class Summarizer(nn.Module):
         starts = pending.offsets[user] + (first_segment + order.ordinal.to(user.device)) * size
         index = ragged_index(starts, (pending.offsets[user + 1] - starts).clamp(max=size), size)
         return self.fold(self.segments_of(pending, None, index), order, memory)[1]
+
+    def _fold_alone(self, memory: tuple[LayerMemory, ...], pending: Events, closed: Tensor) -> tuple[LayerMemory, ...]:
+        """Fold closed[b] segments of each user, every one in a call of its own."""
+        tensors = [t.clone() for t in flatten(memory)]
+        for user in torch.nonzero(closed).flatten().tolist():
+            mine = slice(int(pending.offsets[user]), int(pending.offsets[user + 1]))
+            columns = {f.name: getattr(pending, f.name)[mine] for f in fields(Events) if f.name != "offsets"}
+            own = Events(**columns, offsets=torch.tensor([0, mine.stop - mine.start]))
+            running = unflatten([t[user : user + 1].clone() for t in tensors], memory)
+            for segment in range(int(closed[user])):
+                running = self._fold_block(running, own, segment, torch.ones(1, dtype=torch.int64))
+            for tensor, row in zip(tensors, flatten(running), strict=True):
+                tensor[user] = row[0]
+        return unflatten(tensors, memory)
 
     # -- scope "full": the reference
 

@@ -183,10 +183,10 @@ class SequenceModel(Model):
             return self.summarizer.init_state(num_users)
         return UserState(Progress.start(num_users), Recent.empty(num_users, self.config.recent_events), ())
 
-    def extend(self, state: UserState, events: Events) -> UserState:
+    def extend(self, state: UserState, events: Events, alone: bool = False) -> UserState:
         """The state after these events; see ``Summarizer.extend``."""
         if self.summarizer is not None:
-            return self.summarizer.extend(state, events)
+            return self.summarizer.extend(state, events, alone)
         events = Events.from_log(
             events.item, events.action, events.timestamp_us, events.offsets, state.progress.last_us
         )

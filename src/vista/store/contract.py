@@ -1,7 +1,8 @@
 """What a summary store is, whatever engine holds it.
 
-A store keeps, per model version, two records per user (kinds ``tokens`` and ``state``). Versions lie side by side; at
-most one is *published*. A reader names its version, so that tokens of one model never reach another.
+A store keeps, per model version, two records per user (kinds ``tokens`` and ``state``), a third where borders are kept
+(``border``), and one per partition of every event log that is streamed into it (``position``). Versions lie side by
+side; at most one is *published*. A reader names its version, so that tokens of one model never reach another.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from vista.errors import RecordError
 
 MAGIC = b"VSTA"
 FORMAT_VERSION = 1
-KINDS = ("tokens", "state", "border")
+KINDS = ("tokens", "state", "border", "position")
 CODECS = ("float32", "float16", "bfloat16", "int8")
 STORED_TYPES = dict(zip(CODECS, map(np.dtype, ("<f4", "<u2", "<u2", "|i1")), strict=True))  # of the tokens
 LARGEST = dict(zip(CODECS, (3.4028235e38, 65504.0, 3.3895314e38, 3.4e38), strict=True))  # of a token's values
@@ -73,6 +73,18 @@ def user_key(user_id: Any) -> bytes:
     return b"h:" + key[: LONGEST_KEY - 2 - 64] + hashlib.sha256(key).hexdigest().encode()
 
 
+class Stored(NamedTuple):
+    """A ``Record`` that was read but not decoded: its tokens are as the codec wrote them. A tuple: cheap to make."""
+
+    codec: str
+    kind: str
+    version: str
+    user_key: bytes
+    as_of_us: int
+    num_events: int
+    arrays: dict[str, np.ndarray]
+
+
 def encode(record: Record, codec: str = "int8") -> bytes:
     """A record as bytes.
 
@@ -90,6 +102,14 @@ def encode(record: Record, codec: str = "int8") -> bytes:
     arrays: dict[str, np.ndarray] = {}
     for name, array in record.arrays.items():
         arrays |= _quantize(array, codec) if name == TOKENS else {name: array}
+    return repack(
+        Stored(codec, record.kind, record.version, record.user_key, record.as_of_us, record.num_events, arrays)
+    )
+
+
+def repack(record: Stored) -> bytes:
+    """The bytes of a record whose tokens are as its codec wrote them. Raises RecordError for an unknown array type."""
+    arrays = record.arrays
     table, body = [], []
     for name, array in arrays.items():
         little = array.dtype.newbyteorder("<")
@@ -102,23 +122,11 @@ def encode(record: Record, codec: str = "int8") -> bytes:
     if size > LONGEST_RECORD:
         raise RecordError(f"a record of {size} bytes: the longest has {LONGEST_RECORD}")
     header = HEADER.pack(
-        MAGIC, FORMAT_VERSION, KINDS.index(record.kind), CODECS.index(codec), len(table), len(record.user_key),
-        record.num_events, record.as_of_us, version, size,
+        MAGIC, FORMAT_VERSION, KINDS.index(record.kind), CODECS.index(record.codec), len(table), len(record.user_key),
+        record.num_events, record.as_of_us, record.version.encode(), size,
     )  # fmt: skip
     content = b"".join([header, record.user_key, *table, *body])
     return content + CHECKSUM.pack(zlib.crc32(content))
-
-
-class Stored(NamedTuple):
-    """A ``Record`` that was read but not decoded: its tokens are as the codec wrote them. A tuple: cheap to make."""
-
-    codec: str
-    kind: str
-    version: str
-    user_key: bytes
-    as_of_us: int
-    num_events: int
-    arrays: dict[str, np.ndarray]
 
 
 def decode(blob: bytes, version: str | None = None) -> Record:

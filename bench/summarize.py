@@ -1,11 +1,11 @@
 """A new model version needs new summaries: what replaying every history costs, interrupted half-way and resumed.
 
-    python bench/summarize.py [--users 200] [--events 10000] [--size small] [--out FOLDER]
+    python bench/summarize.py [--users 1024] [--events 1000] [--spread 0] [--size small] [--workers 2] [--out FOLDER]
 
-Writes random histories, trains a model for a few steps (its quality does not matter here), and runs `vista summarize`
-in processes of its own, one thread each: one is interrupted (Ctrl-C) about half-way, the next one goes on. Prints
-events and users per second, bytes per user in the store, how much work the interruption cost, and what a million users
-with 10,000 events each would take.
+Writes random histories, of equal or very different lengths, trains a model for a few steps (its quality does not
+matter here), and runs `vista summarize`: with one worker and with several, alternating; one run is interrupted
+(Ctrl-C) about half-way, the next one goes on. Prints events and users per second, what more workers give, bytes per
+user in the store, how much work the interruption cost, and what a million users with 10,000 events each would take.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,15 +30,14 @@ import vista
 from vista.store.contract import open_store
 
 NUM_ITEMS = 20_000
-LENGTH_SPREAD = 1.5  # standard deviation of the log: one user in a hundred has ten times the average
 MANY_USERS, MANY_EVENTS = 1_000_000, 10_000
 LEAST_S = 0.05  # between two looks at the store
 
 
-def write_log(path: Path, users: int, events: int) -> None:
-    """Histories of very different lengths: log-normal, ``events`` on average."""
+def write_log(path: Path, users: int, events: int, spread: float) -> None:
+    """Histories of log-normal lengths, ``events`` on average. spread: standard deviation of the log; 0: all equal."""
     rng = np.random.default_rng(0)
-    lengths = rng.lognormal(np.log(events) - LENGTH_SPREAD**2 / 2, LENGTH_SPREAD, users).astype(np.int64) + 1
+    lengths = np.rint(events * rng.lognormal(-(spread**2) / 2, spread, users)).astype(np.int64).clip(1)
     size = int(lengths.sum())
     gaps = np.cumsum(rng.integers(1, 3600, size))
     first = np.repeat(gaps[np.cumsum(lengths) - lengths], lengths)
@@ -46,7 +46,7 @@ def write_log(path: Path, users: int, events: int) -> None:
     pl.DataFrame(columns).write_parquet(path)
 
 
-def start(run: Path, data: Path, store: Path) -> subprocess.Popen[str]:
+def start(run: Path, data: Path, store: Path, workers: int = 1) -> subprocess.Popen[str]:
     command = [
         sys.executable,
         "-m",
@@ -57,6 +57,8 @@ def start(run: Path, data: Path, store: Path) -> subprocess.Popen[str]:
         str(data),
         "--store",
         str(store),
+        "--workers",
+        str(workers),
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
@@ -81,21 +83,35 @@ def interrupted(run: Path, data: Path, store: Path, users: int) -> tuple[float, 
     return time.perf_counter() - started, users_in(store)
 
 
-def finished(run: Path, data: Path, store: Path) -> tuple[float, str]:
+def finished(run: Path, data: Path, store: Path, workers: int = 1) -> tuple[float, str]:
     """Seconds of a whole process, and what it printed."""
     started = time.perf_counter()
-    process = start(run, data, store)
+    process = start(run, data, store, workers)
     out, err = process.communicate()
     if process.returncode:
         raise SystemExit(err)
     return time.perf_counter() - started, out
 
 
-def measure(folder: Path, users: int, events: int, size: str) -> dict[str, float]:
-    write_log(folder / "log.parquet", users, events)
+def ratios(folder: Path, workers: int, repeats: int) -> list[float]:
+    """How much faster several workers are than one, by elapsed time; one ratio per repeat."""
+    found = []
+    for _ in range(repeats):
+        seconds = []
+        for count in (1, workers):
+            shutil.rmtree(folder / "store", ignore_errors=True)
+            seconds.append(finished(folder / "run", folder / "data", folder / "store", count)[0])
+        found.append(seconds[0] / seconds[1])
+    return found
+
+
+def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, float]:
+    users, size = arguments.users, arguments.size
+    write_log(folder / "log.parquet", users, arguments.events, arguments.spread)
     vista.prepare(folder / "log.parquet", folder / "data", max_requests=5_000)
     vista.train(folder / "data", folder / "run", size=size, max_steps=3, quiet=True)
-    whole_s, _ = finished(folder / "run", folder / "data", folder / "whole")
+    whole_s, out = finished(folder / "run", folder / "data", folder / "whole")
+    num_events = int(re.findall(r"\(([\d,]+) events\)", out)[0].replace(",", ""))
     nothing_s, _ = finished(folder / "run", folder / "data", folder / "whole")  # all current: the cost of starting
     first_s, kept = interrupted(folder / "run", folder / "data", folder / "cut", users)
     second_s, out = finished(folder / "run", folder / "data", folder / "cut")
@@ -104,14 +120,15 @@ def measure(folder: Path, users: int, events: int, size: str) -> dict[str, float
     stored = sum(path.stat().st_blocks * 512 for path in (folder / "whole").rglob("*") if path.is_file())
     return {
         "users": users,
-        "events_per_user": events,
-        "events_per_s": users * events / work_s,
+        "events_per_user": num_events / users,
+        "events_per_s": num_events / work_s,
         "users_per_s": users / work_s,
+        "workers_to_one": float(np.median(ratios(folder, arguments.workers, arguments.repeats))),
         "store_bytes_per_user": stored / users,
         "kept_at_interruption": kept,
         "summarized_after_it": resumed,
         "interrupted_to_whole": (first_s + second_s - nothing_s) / whole_s,
-        "core_hours_for_many": MANY_USERS * MANY_EVENTS / (users * events / work_s) / 3600,
+        "core_hours_for_many": MANY_USERS * MANY_EVENTS / (num_events / work_s) / 3600,
     }
 
 
@@ -119,13 +136,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--users", type=int, default=1_024)
     parser.add_argument("--events", type=int, default=1_000)
+    parser.add_argument("--spread", type=float, default=0.0, help="of lengths: 1.5 for one in a hundred at ten times")
     parser.add_argument("--size", default="small")
+    parser.add_argument("--workers", type=int, default=2, help="to compare with one")
+    parser.add_argument("--repeats", type=int, default=1, help="of the comparison")
     parser.add_argument("--out", type=Path, help="folder for summarize.json")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        row = measure(Path(folder), arguments.users, arguments.events, arguments.size)
+        row = measure(Path(folder), arguments)
     print(f"{platform.processor() or platform.machine()}, one thread, size {arguments.size}")
-    print(f"{row['events_per_s']:,.0f} events/s, {row['users_per_s']:,.1f} users/s of {arguments.events:,} events each")
+    print(f"{row['events_per_user']:,.0f} events per user on average")
+    print(f"one worker: {row['events_per_s']:,.0f} events/s, {row['users_per_s']:,.1f} users/s")
+    print(f"{arguments.workers} workers are {row['workers_to_one']:.2f} times as fast as one, their start included")
     print(f"{row['store_bytes_per_user']:,.0f} bytes per user in the store (tokens and state)")
     print(f"interrupted with {row['kept_at_interruption']:,} users stored, {row['summarized_after_it']:,} left; "
           f"both together took {row['interrupted_to_whole']:.2f} times one whole run")  # fmt: skip

@@ -158,8 +158,9 @@ def _errors_told(rows: Any, ray: Any) -> Iterator[dict[str, Any]]:
     try:
         yield from rows
     except ray.exceptions.RayError as error:
+        cause = str(error).strip().splitlines()[-1]  # before it stands the traceback of the actor
         raise JobError(
-            f"Ray cannot fold: {reason_of(error)}; run folder and data must be at the same path on every host"
+            f"Ray cannot fold: {cause}; run folder and data must be at the same path on every host, and so must vista"
         ) from error
 
 

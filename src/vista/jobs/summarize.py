@@ -87,8 +87,8 @@ def summarize(
 
     all_users: also those whose record is current. Users that cannot be folded are left out and reported; the version
     is complete all the same if so many are there that it can be published. The run's table of popularity, where its
-    model reads one, is made anew from ``data``. Raises CheckpointError for data the run was
-    not trained on, and KeyboardInterrupt, with what was kept.
+    model reads one, is made anew from ``data``. Raises CheckpointError for data the run was not trained on, and
+    KeyboardInterrupt, with what was kept.
     """
     assert codec in CODECS, codec
     run.check_data(data.manifest, data.catalogue, data.folder)

@@ -14,8 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -25,13 +24,14 @@ import torch
 from torch import Tensor
 
 import vista
+from vista.benchmark.axes import changed_tokens, stored
 from vista.checkpoint import Run
 from vista.data.histories import PreparedData
 from vista.data.worlds import WorldOptions, write_world
 from vista.demo import SETTINGS, SIZE, WORLD, WORLD_OPTIONS
 from vista.evaluation.evaluate import evaluate
 from vista.records import to_records
-from vista.store.record import CODECS, Record, decode_tokens, encode, unpack, user_key
+from vista.store.record import CODECS, Record, encode, user_key
 
 NOTHING = "no tokens"  # every user's are those of an empty history
 Change = Callable[[Tensor], Tensor]
@@ -42,29 +42,6 @@ def prepare(folder: Path, world: WorldOptions) -> PreparedData:
     events, items, impressions = (str(folder / "world" / f"{n}.parquet") for n in ("events", "items", "impressions"))
     vista.prepare(events, folder / "data", items=items, impressions=impressions)
     return PreparedData.open(folder / "data")
-
-
-def stored(tokens: Tensor, codec: str) -> Tensor:
-    """Tokens (M, K, D) after a way through the store."""
-    blobs = [encode(Record("tokens", "codecs" + "-" * 10, b"i:0", 0, 0, {"tokens": t}), codec) for t in tokens.numpy()]
-    return torch.from_numpy(decode_tokens([unpack(blob) for blob in blobs])) if blobs else tokens
-
-
-@contextmanager
-def changed(run: Run, change: Change) -> Iterator[None]:
-    """The model while what its ranker reads as summary tokens is changed."""
-    model: Any = run.sequence_model
-    summaries = model.summaries
-
-    def through(*arguments: Any) -> tuple[Tensor, Any]:
-        tokens, memory = summaries(*arguments)
-        return change(tokens), memory
-
-    model.summaries = through
-    try:
-        yield
-    finally:
-        del model.summaries
 
 
 def changes(run: Run) -> dict[str, Change]:
@@ -92,7 +69,7 @@ def measure(
     run = vista.train(data.folder, folder / f"{num_tokens}-{width}-{seed}", SIZE, quiet=True, **(fixed | settings))
     task, size, rows = data.manifest.tasks[0], bytes_per_user(run), []
     for codec, change in changes(run).items():
-        with changed(run, change):
+        with changed_tokens(run, change):
             metrics = evaluate(run, data, quiet=True).metrics[task]
         rows.append({"tokens": num_tokens, "width": width, "seed": seed, "steps": steps, "codec": codec,
                      "bytes": size[codec], "ne": metrics["ne"], "auc": metrics["auc"]})  # fmt: skip

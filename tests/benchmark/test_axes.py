@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import vista.benchmark.axes
 from vista.benchmark.axes import Sweep, check_axes, plot_sweep, stored, sweep_axes
@@ -15,7 +16,8 @@ from vista.benchmark.cells import Plan, run_plan
 from vista.benchmark.configs import read_config
 from vista.benchmark.entries import choose
 from vista.benchmark.sets import Axis, worlds
-from vista.errors import ConfigError
+from vista.cli.main import app
+from vista.errors import ConfigError, StaleOutput
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "benchmark").glob("*.toml"))
 SMALL = {"users": 24, "events": 120, "requests": 6, "touched": 8}
@@ -125,3 +127,51 @@ def test_a_wrong_file_is_named_with_the_place(text, message, tmp_path):
     path.write_text(text)
     with pytest.raises(ConfigError, match=message):
         read_config(path, None)
+
+
+def test_entries_that_differ_in_a_setting_alone_stay_apart(tmp_path):
+    asked = replace(plan(events=[120]), entries=choose(["vista@num_seeds=4", "vista@num_seeds=8"]), seeds=[0])
+    cells = run_plan(asked, tmp_path, say=lambda text: None)["membership"]
+    assert [cell.evaluation.model for cell in cells] == ["vista qla slots, num_seeds=4", "vista qla slots, num_seeds=8"]
+    assert cells[0].bytes_per_user < cells[1].bytes_per_user
+    with pytest.raises(ConfigError, match="did you mean 'num_seeds'"):
+        choose(["vista@num_seed=4"])
+
+
+def test_a_set_with_other_settings_is_not_mixed_up_with_the_one_that_is_there(out):
+    (other,) = worlds(["membership"], 0, SMALL | {"touched": 9})
+    with pytest.raises(StaleOutput, match="with other settings"):
+        other.open(out / "membership")
+
+
+LOG = """[set]
+name = "clicks"
+converter = "taobao"
+[run]
+models = ["recent", "counts"]
+seeds = [0]
+max_steps = 2
+[published]
+source = "a paper"
+protocol = "split by user"
+difference = "split by time"
+rows = [{model = "Counting", ours = "counts", auc = 0.7}, {model = "Another", auc = 0.8}]
+"""
+
+
+def test_one_command_runs_a_file_on_a_copy_and_shows_what_others_published(tmp_path):
+    start_s = 1_511_539_200
+    rows = [f"{n % 20},{n * n % 37},{n % 5},pv,{start_s + 300 * n}\n" for n in range(1000)]
+    (tmp_path / "UserBehavior.csv").write_text("".join(rows))
+    (tmp_path / "clicks.toml").write_text(LOG)
+    arguments = ["benchmark", "lifelong", "--config", str(tmp_path / "clicks.toml"), "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, [*arguments, "--from", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    text = (tmp_path / "out" / "benchmark.md").read_text()
+    assert "| published model | our entry | AUC, published | AUC, ours |" in text
+    assert "| Counting | counts | 0.7 | 0." in text
+    assert "| Another | - | 0.8 | - |" in text
+    assert "split by user Ours: split by time" in text
+    missing = CliRunner().invoke(app, arguments)
+    assert missing.exit_code == 2
+    assert "give it with --from" in missing.output

@@ -19,6 +19,7 @@ from vista.cli.data import app
 from vista.data.worlds import WORLDS, WorldOptions, make_world, write_world
 from vista.data.worlds.base import ACTIONS, Counter, Log, Requests, draw_distinct
 from vista.data.worlds.best import cell_means, expected
+from vista.data.worlds.membership import Membership
 from vista.data.worlds.write import draw_user
 from vista.errors import ConfigError, StaleOutput
 
@@ -341,6 +342,18 @@ def test_membership_touches_so_many_items_and_says_which_are_rare(tmp_path: Path
             assert row["is_rare"] == (0 < touches <= middle)
     rare = tables.details.filter(pl.col("touches") > 0)["is_rare"].mean()
     assert 0.4 < rare < 0.6
+
+
+def test_copies_of_one_thing_lie_between_what_is_asked_and_the_requests() -> None:
+    world = Membership(events=300, requests=20, copies=200, touched=10, items=64)
+    log, requests = world.draw(np.random.default_rng(3))
+    run = log.item[50:250]
+    assert len(log.item) == 300
+    assert (run == run[0]).all()
+    assert (log.item[:50] != run[0]).any()
+    assert requests.num_known.min() >= 250
+    with pytest.raises(ConfigError, match="copies 261 must lie between 0 and"):
+        Membership(events=300, requests=20, copies=261)
 
 
 def test_counting_asks_about_small_and_large_counts(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +121,7 @@ def _run_cell(data: PreparedData, config: Config, entry: Entry, seed: int, folde
     train(data, run_folder, config, resume=can_resume)
     run = load_run(run_folder)
     evaluation = evaluate(run, data)
+    evaluation = replace(evaluation, model=", ".join([evaluation.model, *entry.own_settings]))
     last = evaluation.learning_curve[-1] if evaluation.learning_curve else {"elapsed_s": 0.0, "step": 0}
     num_weights = sum(p.numel() for p in run.model.parameters())
     cell = Cell(

@@ -30,6 +30,11 @@ class Entry:
     settings: dict[str, Any] = field(default_factory=dict)
     is_full: bool = True
 
+    @property
+    def own_settings(self) -> list[str]:
+        """What stands behind each ``@`` of its name: tables name the model by it, too, or two entries were one."""
+        return self.name.split("@")[1:]
+
     def config(self, size: str, seed: int, training: dict[str, Any]) -> Config:
         """Resolved settings of one run."""
         return resolve(size, overrides={**training, **self.settings, "train.seed": seed})

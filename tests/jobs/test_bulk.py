@@ -364,6 +364,7 @@ time.sleep(600)
 
 @needs_proc
 def test_ctrl_c_ends_workers_in_the_middle_of_a_block(run, data, tmp_path, monkeypatch):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it otherwise
     monkeypatch.setattr(blocks, "USERS_AT_ONCE", 10)
     before, mine = set(children(os.getpid())), set()
 

@@ -30,9 +30,11 @@ from vista.jobs.order import Arrivals, repeats
 from vista.jobs.refold import Tracked, put_users, take_users
 from vista.jobs.stored import Changed, Loaded, load_states, state_writes, tokens_writes
 from vista.jobs.updates import (
+    APPLIED,
     BAD_CLOCK,
     DELIVERED_BEFORE,
     REPLAYED,
+    SORTED_IN,
     USERS_AT_ONCE,
     NewEvents,
     UpdateOptions,
@@ -41,6 +43,8 @@ from vista.jobs.updates import (
     update_states,
 )
 from vista.store.contract import SummaryStore, Write
+
+IN_STATE = (APPLIED, SORTED_IN, REPLAYED, DELIVERED_BEFORE)  # what has become of an event that a state holds
 
 
 @dataclass(frozen=True)
@@ -133,7 +137,7 @@ def work_out(run: Run, store: SummaryStore, block: Block, options: UpdateOptions
         done, outcome[rows[mine]] = _apply_round(run, tracked, events.take(mine), block.user_ids, options)
         tracked = put_users(tracked, done.users, done.tracked)
         is_changed[done.users] = True
-    _raise_marks(block, loaded, is_new)
+    _raise_marks(block, loaded, np.isin(outcome, IN_STATE))
     users = np.flatnonzero(is_changed)
     done = Changed(users, take_users(tracked, users))
     was_taken_back = np.zeros(len(block.user_ids), bool)
@@ -161,10 +165,11 @@ def _above_marks(block: Block, loaded: Loaded) -> np.ndarray:
     return block.offset >= np.array(marks, np.int64)
 
 
-def _raise_marks(block: Block, loaded: Loaded, is_new: np.ndarray) -> None:
-    """Above every event of the block, those that were turned down as well: what was said of them stands."""
-    new = (column[is_new].tolist() for column in (block.arrivals.user, block.mark, block.offset))
-    for user, key, offset in zip(*new, strict=True):
+def _raise_marks(block: Block, loaded: Loaded, is_in: np.ndarray) -> None:
+    """Above every event that went into a state. One turned down behind the last of them changes no state, whatever it
+    was delivered with; delivered again it meets the same state, and is turned down again."""
+    taken = (column[is_in].tolist() for column in (block.arrivals.user, block.mark, block.offset))
+    for user, key, offset in zip(*taken, strict=True):
         loaded.marks[user][key] = max(offset + 1, loaded.marks[user].get(key, 0))
 
 

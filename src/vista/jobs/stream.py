@@ -22,7 +22,7 @@ import numpy as np
 from vista.checkpoint import Run
 from vista.errors import ConfigError, RecordError, SourceError, StoreError
 from vista.jobs.dead_letters import DeadLetters
-from vista.jobs.deliver import Block, Work, blocks, refresh, work_out
+from vista.jobs.deliver import IN_STATE, Block, Work, blocks, refresh, work_out
 from vista.jobs.parse import NoEvent, Parsed, event_of, parse
 from vista.jobs.pending import Cadence, Pending
 from vista.jobs.positions import (
@@ -37,25 +37,13 @@ from vista.jobs.positions import (
 )
 from vista.jobs.sources.contract import Entry, EventSource
 from vista.jobs.stream_metrics import Metrics, MetricsServer, write_metrics
-from vista.jobs.updates import (
-    APPLIED,
-    BAD_CLOCK,
-    DELIVERED_BEFORE,
-    OUTCOMES,
-    REPLAYED,
-    SORTED_IN,
-    TOO_LATE,
-    USERS_AT_ONCE,
-    UpdateOptions,
-    check_model,
-)
+from vista.jobs.updates import BAD_CLOCK, OUTCOMES, TOO_LATE, USERS_AT_ONCE, UpdateOptions, check_model
 from vista.progress import Progress, duration, short
 from vista.store.contract import SummaryStore
 
 IDLE_S = 0.2  # how long a read waits for the first entry: tokens fall due and a stop is asked for meanwhile
 STATUS_S = 1.0  # between looks at the lag; each asks the log
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.1, 5.0  # for a store or a log that is away: doubled from one to the other
-IN_STATE = (APPLIED, SORTED_IN, REPLAYED, DELIVERED_BEFORE)
 REASONS = {
     TOO_LATE: "too late: older than what can be read again from what the state holds",
     BAD_CLOCK: "bad clock: before 1990, or ahead of the time of its arrival by more than five minutes",

@@ -9,6 +9,7 @@ it likes, and `acknowledge` only tells it, for its own displays and its retentio
 
 from __future__ import annotations
 
+import time
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from vista.store.contract import shown
 from vista.store.record import user_key
 
 SCHEMES = ("dir:PATH", "redis://HOST[:PORT][/DB]?stream=NAME", "kafka://BROKER[,BROKER]/TOPIC")
+POLL_S = 0.02  # between looks for new entries: a fiftieth of a second is soon enough for a state
 LONGEST_VALUE = 1 << 16  # bytes of an entry; what is longer is no event, and may be given cut to one byte more
 
 
@@ -91,6 +93,40 @@ def open_source(url: str) -> EventSource:
 def partition_of(user_id: Any, num_partitions: int) -> int:
     """The partition of a user's events: by the user's key, so that 7 and "7" go to the same."""
     return zlib.crc32(user_key(user_id)) % num_partitions
+
+
+class PolledSource:
+    """The reading side of a log that has to be looked at again and again: subclasses say what is there (``_entries``).
+
+    No partition starves: each gets a share of every read, and another one comes first the next time.
+    """
+
+    def __init__(self) -> None:
+        self._next: dict[int, int] = {}
+
+    def read(self, max_entries: int, timeout_s: float) -> list[Entry]:
+        """As ``EventSource`` has it."""
+        end_s = time.monotonic() + timeout_s
+        while True:
+            found: list[Entry] = []
+            for number in self._next:
+                share = max((max_entries - len(found)) // len(self._next), 1)
+                if len(found) < max_entries:
+                    found += self._read_partition(number, share)
+            if found or time.monotonic() >= end_s:
+                self._next = dict([*list(self._next.items())[1:], *list(self._next.items())[:1]])
+                return found
+            time.sleep(min(POLL_S, max(end_s - time.monotonic(), 0)))
+
+    def _read_partition(self, number: int, max_entries: int) -> list[Entry]:
+        found = self._entries(number, self._next[number], max_entries)
+        if found:
+            self._next[number] = found[-1].next_offset
+        return found
+
+    def _entries(self, number: int, offset: int, max_entries: int) -> list[Entry]:
+        """The entries of a partition from an offset on that are there now. Raises SourceError."""
+        raise NotImplementedError
 
 
 class Backlog:

@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import Any, Self
 
 from vista.errors import SourceError
-from vista.jobs.sources.contract import LONGEST_VALUE, Backlog, Entry, partition_of
+from vista.jobs.sources.contract import LONGEST_VALUE, Backlog, Entry, PolledSource, partition_of
 
 SUFFIX = ".jsonl"
-POLL_S = 0.02  # between looks for new lines: a fiftieth of a second is soon enough for a state
 READ_BYTES = 1 << 18  # of one partition in one read
 COUNT_BYTES = 1 << 20
 ARRIVED = "arrived_us"
@@ -82,13 +81,13 @@ def partition_files(path: Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
-class DirectorySource:
+class DirectorySource(PolledSource):
     """Implements ``EventSource``."""
 
     def __init__(self, path: str) -> None:
         self.path = Path(path)
         self.name = f"dir:{self.path.resolve()}"
-        self._next: dict[int, int] = {}
+        super().__init__()
         self._backlogs: dict[int, Backlog] = {}
         if not path or not self.path.is_dir():
             raise SourceError(
@@ -113,25 +112,6 @@ class DirectorySource:
                     "log? Give it another name with --log, and look at --since"
                 )
         self._next = dict(offsets)
-
-    def read(self, max_entries: int, timeout_s: float) -> list[Entry]:
-        end_s = time.monotonic() + timeout_s
-        while True:
-            found: list[Entry] = []
-            for number in self._next:  # a share for each: none may starve
-                share = max((max_entries - len(found)) // max(len(self._next), 1), 1)
-                if len(found) < max_entries:
-                    found += self._read_partition(number, share)
-            if found or time.monotonic() >= end_s:
-                self._next = dict([*list(self._next.items())[1:], *list(self._next.items())[:1]])
-                return found
-            time.sleep(min(POLL_S, max(end_s - time.monotonic(), 0)))
-
-    def _read_partition(self, number: int, max_entries: int) -> list[Entry]:
-        found = self._entries(number, self._next[number], max_entries)
-        if found:
-            self._next[number] = found[-1].next_offset
-        return found
 
     def _entries(self, number: int, offset: int, max_entries: int) -> list[Entry]:
         """The whole lines from an offset on."""

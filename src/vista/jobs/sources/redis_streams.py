@@ -16,14 +16,13 @@ else, and acknowledged once it is in.
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Self
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 from vista.errors import SourceError, StoreError
-from vista.jobs.sources.contract import Backlog, Entry
+from vista.jobs.sources.contract import Backlog, Entry, PolledSource
 from vista.store.contract import shown
 from vista.store.redis_client import connect
 
@@ -32,7 +31,6 @@ FIELD = b"event"
 GROUP, CONSUMER = "vista", "vista"
 OPTIONS = ("stream", "group", "partitions")
 PENDING_AT_ONCE = 1000
-POLL_S = 0.02  # without entries, between looks at several streams at once
 # KEYS: a stream; ARGV: first id, last id (both counted). Counts on the server: nothing is sent.
 COUNT = """
 local from, total = ARGV[1], 0
@@ -59,7 +57,7 @@ def id_of(offset: int) -> str:
     return f"{offset >> SEQUENCE_BITS}-{offset & (2**SEQUENCE_BITS - 1)}"
 
 
-class RedisSource:
+class RedisSource(PolledSource):
     """Implements ``EventSource``."""
 
     def __init__(self, url: str) -> None:
@@ -80,7 +78,7 @@ class RedisSource:
             raise SourceError(f"source {error}") from error
         if is_cluster:
             raise SourceError(f"source {shown(url)}: a cluster; name one server with the stream")
-        self._next: dict[int, int] = {}
+        super().__init__()
         self._backlogs: dict[int, Backlog] = {}
 
     @contextmanager
@@ -126,28 +124,9 @@ class RedisSource:
             if start in (b"0-0", "0-0"):
                 return
 
-    def read(self, max_entries: int, timeout_s: float) -> list[Entry]:
-        end_s = time.monotonic() + timeout_s
-        while True:
-            found: list[Entry] = []
-            with self._errors():
-                for number in self._next:
-                    share = max((max_entries - len(found)) // len(self._next), 1)
-                    if len(found) < max_entries:
-                        found += self._read_partition(number, share)
-            if found or time.monotonic() >= end_s:
-                self._next = dict([*list(self._next.items())[1:], *list(self._next.items())[:1]])
-                return found
-            time.sleep(min(POLL_S, max(end_s - time.monotonic(), 0)))
-
-    def _read_partition(self, number: int, max_entries: int) -> list[Entry]:
-        found = self._entries(number, self._next[number], max_entries)
-        if found:
-            self._next[number] = found[-1].next_offset
-        return found
-
     def _entries(self, number: int, offset: int, max_entries: int) -> list[Entry]:
-        rows = self._client.xrange(self._keys[number], min=id_of(offset), count=max_entries)
+        with self._errors():
+            rows = self._client.xrange(self._keys[number], min=id_of(offset), count=max_entries)
         found = []
         for entry_id, fields in rows:
             at = offset_of(entry_id)

@@ -76,6 +76,20 @@ def test_work_done_before_counts_as_done_but_not_in_the_rate(clock: Clock, capsy
     assert lines(capsys)[0] == "train: 910/1000 steps (91%)  1 steps/s  1m30s left"
 
 
+def test_time_left_follows_the_work_where_units_take_differently_long(
+    clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Progress("summarize", total=100, unit="events", work=300) as bar:
+        clock.now_s += 10
+        bar.advance(90, work=100)
+        clock.now_s += 20
+        bar.advance(10, work=200)
+    assert lines(capsys)[:2] == [
+        "summarize: 90/100 events (90%)  9 events/s  20s left",
+        "summarize: 100/100 events (100%)  3.33 events/s  0.0s left",
+    ]
+
+
 def test_rate_follows_a_change_of_speed(clock: Clock) -> None:
     with Progress("read", total=10_000, quiet=True) as bar:
         for speed in (100, 1):

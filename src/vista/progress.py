@@ -31,7 +31,8 @@ class Progress:
     """Shows how far a piece of work has come.
 
     total: units of work in all, or None where that is not known. done: units that were done before (a resumed run):
-    they count as done but not in the rate. quiet: show nothing.
+    they count as done but not in the rate. work: what is still to do in a measure that takes more evenly long than
+    units do; time left follows it. quiet: show nothing.
 
     Progress inside Progress (validation within training) adds a line of its own to the terminal while it runs;
     elsewhere it stays silent unless it takes longer than ``PLAIN_INTERVAL_S``.
@@ -40,19 +41,21 @@ class Progress:
     _active: list[Progress] = []  # noqa: RUF012 (shared on purpose: the progress under way in this process, outermost first)
 
     def __init__(
-        self, label: str, total: int | None = None, unit: str = "", quiet: bool = False, done: int = 0
-    ) -> None:
+        self, label: str, total: int | None = None, unit: str = "", quiet: bool = False, done: int = 0,
+        work: int | None = None,
+    ) -> None:  # fmt: skip
         self.label, self.total, self.unit, self.quiet = label, total, unit, quiet
         self.done = self._done_before = done
+        self._work = total - done if work is None and total is not None else work  # still to do
         self._facts: dict[str, Any] = {}
         self._start_s = self._shown_s = time.monotonic()
-        self._samples: deque[tuple[float, int]] = deque([(self._start_s, done)])
+        self._samples: deque[tuple[float, int, int]] = deque([(self._start_s, done, self._work or 0)])
         self._bar: _Bar | None = None
         self._printed = False
 
     def __enter__(self) -> Progress:
         self._start_s = self._shown_s = time.monotonic()
-        self._samples = deque([(self._start_s, self.done)])
+        self._samples = deque([(self._start_s, self.done, self._work or 0)])
         if not self.quiet and is_terminal():
             outer = next((p._bar for p in reversed(Progress._active) if p._bar), None)
             self._bar = _Bar(self.label, self.total, outer)
@@ -72,9 +75,11 @@ class Progress:
         elif not self.quiet and (self._printed or not Progress._active):
             self._print(self.describe(now_s, ended=True) + ("" if kind is None else "  (not finished)"))
 
-    def advance(self, units: int = 1, **facts: Any) -> None:
-        """Say that so many more units are done, and what goes with them (as ``update``)."""
+    def advance(self, units: int = 1, work: int | None = None, **facts: Any) -> None:
+        """Say that so many more units are done, how much work that was, and what goes with them (as ``update``)."""
         self.done += units
+        if self._work is not None:
+            self._work = max(self._work - (units if work is None else work), 0)
         self.update(**facts)
 
     def update(self, **facts: Any) -> None:
@@ -94,16 +99,21 @@ class Progress:
             parts.append(f"{short(rate)}{unit}/s")
         if ended:
             parts.append(f"in {duration(now_s - self._start_s)}")
-        elif rate and self.total is not None:
-            parts.append(f"{duration(max(self.total - self.done, 0) / rate)} left")
+        elif self._work is not None and (speed := self._speed(now_s)):
+            parts.append(f"{duration(self._work / speed)} left")
         parts += [f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
                   for name, value in self._facts.items()]  # fmt: skip
         return "  ".join(parts)
 
     def _rate(self, now_s: float, ended: bool) -> float:
         """Units per second: over the whole run once it has ended, before that over the last ``RATE_WINDOW_S``."""
-        since_s, done_then = (self._start_s, self._done_before) if ended else self._samples[0]
+        since_s, done_then = (self._start_s, self._done_before) if ended else self._samples[0][:2]
         return (self.done - done_then) / (now_s - since_s) if now_s - since_s > MIN_RATE_S else 0.0
+
+    def _speed(self, now_s: float) -> float:
+        """Work per second over the last ``RATE_WINDOW_S``."""
+        since_s, _, work_then = self._samples[0]
+        return (work_then - (self._work or 0)) / (now_s - since_s) if now_s - since_s > MIN_RATE_S else 0.0
 
     def _tick(self) -> None:
         now_s = time.monotonic()
@@ -116,7 +126,7 @@ class Progress:
             self._bar.show(self.done, self.total, self.describe(now_s))
         elif not self.quiet:
             self._print(self.describe(now_s))
-        self._samples.append((now_s, self.done))
+        self._samples.append((now_s, self.done, self._work or 0))
         while len(self._samples) > 2 and now_s - self._samples[1][0] > RATE_WINDOW_S:
             self._samples.popleft()
 

@@ -40,6 +40,7 @@ def main() -> None:
     if mode == "vista":
         from vista.cli.main import main as vista
 
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
         local.WORKER, blocks.USERS_AT_ONCE = (*ME, "slow"), USERS_AT_ONCE
         del sys.argv[1]
         vista()

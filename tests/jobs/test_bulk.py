@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 
@@ -366,6 +367,7 @@ time.sleep(600)
 def test_ctrl_c_ends_workers_in_the_middle_of_a_block(run, data, tmp_path, monkeypatch):
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it otherwise
     monkeypatch.setattr(blocks, "USERS_AT_ONCE", 10)
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     before, mine = set(children(os.getpid())), set()
 
     def interrupt() -> None:
@@ -375,8 +377,11 @@ def test_ctrl_c_ends_workers_in_the_middle_of_a_block(run, data, tmp_path, monke
 
     thread = threading.Thread(target=interrupt)
     thread.start()
-    with pytest.raises(KeyboardInterrupt, match="0 users were summarized"):
-        bulk(run, data, tmp_path / "store", LocalEngine(2, (sys.executable, "-c", STUCK)))
+    try:
+        with pytest.raises(KeyboardInterrupt, match="0 users were summarized"):
+            bulk(run, data, tmp_path / "store", LocalEngine(2, (sys.executable, "-c", STUCK)))
+    finally:
+        signal.signal(signal.SIGINT, handler)
     thread.join()
     assert len(mine) == 2
     assert not any(map(is_running, mine))
@@ -419,6 +424,14 @@ def test_on_ray_a_user_that_kills_every_worker_fails_alone(run, data, tmp_path, 
     assert failed.user_id == FIRST_ID + 12
     assert "its Ray actor died" in failed.reason
     assert report.num_users == 29
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "127.0.0.1", "nonsense"])
+def test_an_address_without_ray_is_an_error_at_once(monkeypatch, address):
+    monkeypatch.setitem(sys.modules, "ray", types.ModuleType("ray"))  # without waiting for the real one
+    monkeypatch.setitem(sys.modules, "ray.data", types.ModuleType("ray.data"))
+    with pytest.raises(JobError, match=f"ray_address '{address}': .*; give HOST:PORT"):
+        make_engine("ray", None, address)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import socket
 import warnings
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ LEAST_CPUS = 2  # Ray Data needs one beside the actors: a pool of all CPUs waits
 RETRIES = 1  # of a block whose actor died: the first death may have been chance
 MOST_TASKS = 10_000  # of one run: each costs Ray some milliseconds and memory in this process
 TASKS_PER_ACTOR = 1  # what waits at an actor that dies would share the blame, and the last ones would wait for one
+CONNECT_TIMEOUT_S = 5
 QUIET: dict[str, Any] = {"logging_level": "error", "log_to_driver": False}
 SETTINGS = {"enable_progress_bars": False, "max_errored_blocks": -1}  # the progress is ours; so are lost blocks
 
@@ -36,13 +38,15 @@ class RayEngine:
 
     address: of a cluster; None for one that runs on this host, and else a new one for this run, as with ``local``;
     workers: actors; None, or more than there is room for: one per CPU of the cluster, but for one. Raises ConfigError
-    for fewer than one, JobError where Ray is not installed.
+    for fewer than one, JobError where Ray is not installed or nobody is at the address.
     """
 
     def __init__(self, address: str | None = None, workers: int | None = None) -> None:
         if workers is not None and workers < 1:
             raise ConfigError(f"workers = {workers}: at least 1, or leave it out for one per CPU but one")
         self._address, self._workers, self._ray = address, workers, _imported()
+        if address not in (None, "auto", "local"):
+            _check_somebody_is_at(str(address))
 
     def fold(self, fold: Fold, task: FoldTask, blocks: Sequence[Block]) -> Generator[Folded, None, None]:
         """Folds again, user by user, what was in the blocks that cost an actor its life twice."""
@@ -110,9 +114,7 @@ class RayEngine:
         except (ConnectionError, ValueError, RuntimeError) as error:
             if self._address is None:
                 return False
-            raise JobError(
-                f"Ray at {self._address}: {reason_of(error)}; is it up? Start one with: ray start --head"
-            ) from error
+            raise JobError(f"Ray at {self._address}: {reason_of(error)}; start it with: ray start --head") from error
         return True
 
 
@@ -126,6 +128,18 @@ class Folder:
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
         folded = [pickle.dumps(self._fold(pickle.loads(block))) for block in batch["block"]]
         return {"number": batch["number"].tolist(), "folded": folded}
+
+
+def _check_somebody_is_at(address: str) -> None:
+    """Raise JobError where nobody listens: Ray itself would try for minutes, then end the process."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), CONNECT_TIMEOUT_S).close()
+    except (OSError, ValueError) as error:
+        raise JobError(
+            f"ray_address {address!r}: {reason_of(error)}; give HOST:PORT as `ray start --head` shows it (or auto), "
+            "and see that the cluster is up"
+        ) from error
 
 
 def _imported() -> Any:

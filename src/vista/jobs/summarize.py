@@ -28,6 +28,7 @@ from vista.progress import Progress, short
 from vista.store.contract import SummaryStore
 from vista.store.record import CODECS, unpack, user_key
 
+EVENTS_PER_USER = 150  # what a user costs beside reading the history, in events: for the time left
 ENGINES = ("local", "ray")
 Results = Generator[Folded, None, None]
 
@@ -159,7 +160,14 @@ def _fold_all(
     before = total - sum(block.num_events for block in blocks)
     start_s = time.monotonic()
     with (
-        Progress("summarize", total=total, unit="events", quiet=quiet, done=before) as progress,
+        Progress(
+            "summarize",
+            total=total,
+            unit="events",
+            quiet=quiet,
+            done=before,
+            work=total - before + EVENTS_PER_USER * num_users,
+        ) as progress,
         closing(engine.fold(fold, task, blocks)) as results,
     ):
         for folded in results:
@@ -171,7 +179,8 @@ def _fold_all(
             rate = done.num_users / max(time.monotonic() - start_s, 1e-3)
             users = f"{short(done.num_users)}/{short(num_users)} ({short(rate)}/s)"
             num_events = folded.num_events + sum(user.num_events for user in folded.failed)
-            progress.advance(num_events, users=users, failed=len(done.failed) or None)
+            work = num_events + EVENTS_PER_USER * (folded.num_users + len(folded.failed))
+            progress.advance(num_events, work, users=users, failed=len(done.failed) or None)
 
 
 def is_beyond(data: PreparedData, store: SummaryStore, version: str, quiet: bool = False) -> np.ndarray:

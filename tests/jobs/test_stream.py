@@ -95,7 +95,7 @@ def refused(path: Path) -> list[tuple]:
 
 
 def test_killed_three_times(tmp_path):
-    check_kills(tmp_path, 3, size=400, seed=1, max_events=7, max_ms=5)
+    check_kills(tmp_path, 3, size=600, seed=1, max_events=7, max_ms=5)
 
 
 @pytest.mark.slow

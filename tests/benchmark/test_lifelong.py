@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,11 @@ def test_a_set_is_lifelong_only_if_both_controls_are_beaten_surely():
     assert alone is not None
     assert not alone.is_lifelong
     assert "run more seeds" in alone.sentence()
+    assert "nan" not in alone.sentence()
+    behind = judge("x", cells_of(recent=[0.5, 0.51], counts_64=[0.8, 0.81], vista=[0.7, 0.71]))
+    assert behind is not None
+    assert "vista is behind recent by 0.2000" in behind.sentence()
+    assert "and beats counts-64 by 0.1000" in behind.sentence()
     assert judge("x", cells_of(recent=[0.9])) is None
 
 
@@ -161,7 +167,12 @@ def test_an_own_log_is_prepared_by_the_protocol_and_judged_in_one_sentence(tmp_p
     ]
     result = CliRunner().invoke(app, ["benchmark", "lifelong", "--events", str(tmp_path / "shop.csv"), *arguments])
     assert result.exit_code == 0, result.output
-    assert "shop: with one seed, counts beats recent by" in result.output
+    recent, counts = (
+        float(re.search(rf"shop, {name}, seed 0: \w+ NE (\S+)", result.output)[1]) for name in ("recent", "counts")
+    )
+    verb = "beats" if counts < recent else "is behind"
+    said = re.search(rf"shop: with one seed, counts {verb} recent by (0\.\d+) NE", result.output)
+    assert float(said[1]) == pytest.approx(abs(recent - counts), abs=2e-4)
     assert (tmp_path / "out" / "index.html").exists()
     options = own_log(PrepareOptions(str(tmp_path / "shop.csv"))).options(tmp_path)
     assert {name: getattr(options, name) for name in NEGATIVES} == NEGATIVES

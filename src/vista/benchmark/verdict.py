@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vista.benchmark.cells import Cell
 from vista.benchmark.entries import choose
@@ -29,8 +29,14 @@ class Gain:
     def is_sure(self) -> bool:
         return self.gain.in_standard_errors > NEEDED_ERRORS
 
+    @property
+    def verb(self) -> str:
+        return "is behind" if self.gain.mean < 0 else "beats"
+
     def __str__(self) -> str:
-        return f"{self.control} by {self.gain} NE ({self.gain.in_standard_errors:+.1f} standard errors)"
+        distance = replace(self.gain, mean=abs(self.gain.mean))
+        errors = f" ({distance.in_standard_errors:.1f} standard errors)" if distance.standard_error >= 0 else ""
+        return f"{self.control} by {distance} NE{errors}"
 
 
 @dataclass(frozen=True)
@@ -49,11 +55,12 @@ class Verdict:
         """One sentence for whoever wants to know whether lifelong history pays on this log."""
         if not self.gains:
             return f"{self.name}: not enough runs to tell whether the whole history pays."
-        over = " and ".join(map(str, self.gains))
+        verbs = {gain.verb: [str(g) for g in self.gains if g.verb == gain.verb] for gain in self.gains}
+        stands = " and ".join(f"{verb} {' and '.join(over)}" for verb, over in verbs.items())
         if any(math.isnan(gain.gain.standard_error) for gain in self.gains):
-            return f"{self.name}: with one seed, {self.best} beats {over}; run more seeds to know how sure that is."
+            return f"{self.name}: with one seed, {self.best} {stands}; run more seeds to know how sure that is."
         says = "the whole history pays here" if self.is_lifelong else "that is not enough to call this set lifelong"
-        return f"{self.name}: with the whole history {self.best} beats {over}: {says}."
+        return f"{self.name}: with the whole history {self.best} {stands}: {says}."
 
 
 def judge(name: str, cells: Sequence[Cell]) -> Verdict | None:

@@ -7,6 +7,7 @@
     run = vista.load("RUN")                            # run.summarizer, run.ranker, run.config
     vista.summarize("RUN", "DATA", "STORE")            # every user's tokens into a store
     vista.stream("RUN", "dir:LOG", "STORE", until_end=True)  # events since then, from a log, each exactly once
+    vista.export("RUN", "DATA", "SUMMARIES")           # summaries as of the past, to train other models from
     vista.rank("RUN", "STORE", user=7, candidates=[1, 2, 3])
     vista.forget("DATA", "STORE", [7], ["RUN"], item=3)  # as if user 7 had never met item 3
 
@@ -23,10 +24,10 @@ try:
 except PackageNotFoundError:  # run from a source tree that is not installed
     __version__ = "0+unknown"
 
-__all__ = ["evaluate", "forget", "load", "prepare", "rank", "stream", "stream_status", "summarize", "train"]
+__all__ = ["evaluate", "export", "forget", "load", "prepare", "rank", "stream", "stream_status", "summarize", "train"]
 
 if TYPE_CHECKING:
-    from vista.api import evaluate, forget, load, prepare, rank, stream, stream_status, summarize, train
+    from vista.api import evaluate, export, forget, load, prepare, rank, stream, stream_status, summarize, train
 
 
 def __getattr__(name: str) -> Any:

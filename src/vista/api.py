@@ -3,6 +3,7 @@
 prepare    event log -> prepared data         train      prepared data -> run
 load       run -> model, config, catalogue    evaluate   run, data -> metrics
 summarize  run, data -> store                 rank       run, store, user, candidates -> scores
+export     run, data -> summaries as of past moments, as Parquet
 forget     data, store, users -> both without some of their events
 stream     run, event log, store -> states and tokens kept up to date
 stream_status  event log, store -> how far streams are, and how far behind
@@ -21,9 +22,12 @@ from vista.data.forget import Selection
 from vista.data.histories import PreparedData
 from vista.data.prepare import PrepareOptions
 from vista.data.prepare import prepare as _prepare
+from vista.data.requests import MomentColumns
 from vista.errors import ConfigError, nearest
 from vista.evaluation.evaluate import evaluate as _evaluate
 from vista.evaluation.results import Evaluation
+from vista.jobs.export import ExportOptions, ExportReport
+from vista.jobs.export import export as _export
 from vista.jobs.forget import ForgetReport
 from vista.jobs.forget import forget as _forget
 from vista.jobs.sources.contract import open_source
@@ -38,7 +42,7 @@ from vista.store.contract import open_store
 from vista.store.record import CODECS
 from vista.training.loop import train as _train
 
-__all__ = ["evaluate", "forget", "load", "prepare", "rank", "stream", "stream_status", "summarize", "train"]
+__all__ = ["evaluate", "export", "forget", "load", "prepare", "rank", "stream", "stream_status", "summarize", "train"]
 
 
 def prepare(events: Path | str, out: Path | str, **options: Any) -> Manifest:
@@ -94,6 +98,17 @@ def summarize(
     loaded.check_data(prepared.manifest, prepared.catalogue, prepared.folder)
     with open_store(str(store)) as opened:
         return _summarize(loaded, prepared, opened, codec, all_users, quiet, publish, chosen)
+
+
+def export(
+    run: Path | str, data: Path | str, out: Path | str, as_of: str = "borders", requests: Path | str | None = None, *,
+    codec: str = "float32", user_column: str = "user_id", timestamp_column: str = "timestamp",
+    time_unit: str | None = None, quiet: bool = False,
+) -> ExportReport:  # fmt: skip
+    """Summaries as of segment borders or of the times of requests, as Parquet files; see docs/lake.md."""
+    columns = MomentColumns(user_column, timestamp_column, time_unit)
+    options = ExportOptions(as_of, requests, columns, codec)
+    return _export(load_run(run), PreparedData.open(data), Path(out), options, quiet)
 
 
 def rank(run: Path | str, store: str, user: Any, candidates: list[Any], at_us: int | None = None) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from vista.cli.data import app as data
 from vista.cli.demo import demo
 from vista.cli.doctor import doctor
 from vista.cli.evaluate import evaluate
+from vista.cli.export import export
 from vista.cli.forget import forget
 from vista.cli.prepare import prepare
 from vista.cli.store import app as store
@@ -115,6 +116,7 @@ app.command()(evaluate)
 app.command()(summarize)
 app.add_typer(stream)
 app.command()(rank)
+app.command()(export)
 app.command()(forget)
 app.add_typer(store)
 app.command()(doctor)

@@ -97,20 +97,25 @@ class SequenceModel(Model):
     def prepare(self, batch: TimelineBatch, memory: Memory) -> tuple[Prepared, Memory]:
         """Summary tokens at the batch's borders with all keys and values, and each lane's memory after the batch."""
         event_x = self.embed(batch.events)
+        tokens, sketch, last = self.summaries(batch, event_x, memory)
+        return Prepared(tokens, self.ranker.prepare(tokens, event_x), sketch), last
+
+    def summaries(self, batch: TimelineBatch, event_x: Tensor, memory: Memory) -> tuple[Tensor, Running, Memory]:
+        """Summary tokens (M, K, D) and sketches at the batch's borders, and each lane's memory after the batch.
+
+        event_x (N, D): the vectors of the batch's events.
+        """
         if self.summarizer is None:
-            tokens = event_x.new_zeros(len(batch.borders.row), 0, self.config.width)
-            return Prepared(tokens, self.ranker.prepare(tokens, event_x)), ()
+            return event_x.new_zeros(len(batch.borders.row), 0, self.config.width), (), ()
         if self.config.scope == "full":
-            tokens = self._full_summaries(batch, event_x)
-            return Prepared(tokens, self.ranker.prepare(tokens, event_x)), ()
+            return self._full_summaries(batch, event_x), (), ()
         order = SegmentOrder.of(batch.num_segments)
         segments = self.summarizer.segments_of(batch.events, event_x, batch.segment)
         after, last = self.summarizer.fold(segments, order, memory)
         row = batch.borders.row
         at_border = _map(lambda before, later: torch.cat([before, later])[row], memory, after)
         tokens = self.summarizer.read_memory(at_border, batch.borders.progress)
-        sketch = at_border[-1][0] if self.sketch is not None else ()
-        return Prepared(tokens, self.ranker.prepare(tokens, event_x), sketch), last
+        return tokens, at_border[-1][0] if self.sketch is not None else (), last
 
     def _full_summaries(self, batch: TimelineBatch, event_x: Tensor) -> Tensor:
         """The reference: each border reads its whole history, which the batch's events then begin with."""

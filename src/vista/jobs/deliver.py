@@ -1,8 +1,8 @@
 """Events of a log with offsets, in the states of a store exactly once each, and to the same last bit however delivered.
 
 Every state carries *marks* (`vista.updates.stored`): the offset of a log's partition below which all of the user's
-events are in. An event below its user's mark was delivered before and is passed over, whether it has an event id or not. State
-and mark are one record, so that no engine can lose one of them alone.
+events are in. An event below its user's mark was delivered before and is passed over, whether it has an event id or
+not. State and mark are one record, so that no engine can lose one of them alone.
 
 The offset is also the identity of an event without an event id: two of them are two events, as equal as they may be.
 

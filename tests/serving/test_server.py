@@ -1,8 +1,13 @@
-"""The server as its clients see it: HTTP for people, the Open Inference Protocol with the client others use, bad input."""
+"""The server as clients see it: HTTP for people, the Open Inference Protocol with others' client, bad input."""
 
 from __future__ import annotations
 
 import json
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -15,11 +20,14 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 from tests.serving.server import Running, fill, running, saved_run
 from tests.serving.test_scorer import USERS
 from vista.checkpoint import Run
+from vista.cli.main import app
 from vista.errors import CheckpointError, StoreError
+from vista.serving.metrics import Metrics
 from vista.serving.options import Limits, ServeOptions
 from vista.serving.scorer import Scorer
 from vista.serving.service import Service
@@ -47,9 +55,8 @@ def serving(folder: Path, token: bytes | None = None, **changes: Any) -> Iterato
     run = saved_run(folder / "runs" / "a")
     with open_store(str(folder / "store")) as store:
         fill(store, run)
-        options = ServeOptions(
-            **({"run": folder / "runs", "store": "store", "limits": LIMITS, "watch_s": 60.0} | changes)
-        )
+        changes = {"limits": LIMITS, "watch_s": 60.0} | changes
+        options = ServeOptions(folder / "runs", "store", **changes)
         with running(options, store, token) as found:
             served = Served(found, run, store)
             yield served
@@ -189,6 +196,18 @@ def test_a_request_id_is_given_back(served):
     assert len(served.client.get("/livez", headers={"x-request-id": "a b"}).headers["x-request-id"]) == 32
 
 
+def test_the_examples_of_the_document_run(served):
+    curl = shutil.which("curl") or pytest.skip("needs curl")
+    text = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
+    lines = [line for line in text.splitlines() if line.startswith("curl ")]
+    assert len(lines) > 4
+    for line in lines:
+        words = shlex.split(line.replace("http://127.0.0.1:8000", served.running.url))[1:]
+        answer = subprocess.run([curl, "--fail-with-body", *words], capture_output=True, text=True, check=False)
+        assert answer.returncode == 0, f"{line}: {answer.stdout}"
+        assert answer.stdout
+
+
 # -- the Open Inference Protocol, with the client that others use
 
 
@@ -219,9 +238,9 @@ def test_the_clients_of_others_work_unchanged(served, kind, is_binary):
     assert found.as_numpy("is_known_item").tolist() == [[True, True, False], [True] * 3]
     assert found.as_numpy("num_events").tolist() == [one.num_events for one in expected]
     assert found.as_numpy("as_of_us") is None
+    flat = module.InferInput("candidates", [3], "INT64")
+    flat.set_data_from_numpy(np.array([1, 2, 3]))
     with pytest.raises(Exception, match=r"input user: shape \[2\] for 1 users"):
-        flat = module.InferInput("candidates", [3], "INT64")
-        flat.set_data_from_numpy(np.array([1, 2, 3]))
         client.infer("vista", [user, flat])
     client.close()
 
@@ -238,7 +257,8 @@ REFUSED = [
     (b'{"user": 1, "candidates": ["\\ud800"]}', "an id is"), (b'{"user": 1, "candidates": [1e999]}', "is Infinity"),
     (b'{"user": 1, "candidates": [9223372036854775808]}', "an id is"),
     (b'{"user": 1, "candidates": [1], "candidate": 1}', "did you mean 'candidates'"),
-    (b'{"user": 1, "candidates": [1], "at": "soon"}', "at is"), (b'{"user": 1, "candidates": [1], "at": -1}', "at is -1"),
+    (b'{"user": 1, "candidates": [1], "at": "soon"}', "at is"),
+    (b'{"user": 1, "candidates": [1], "at": -1}', "at is -1"),
     (b'{"user": 1, "candidates": [1], "context": {"prise": 1}}', "did you mean 'price'"),
     (b'{"user": 1, "candidates": [1], "context": {"price": "a"}}', "finite number"),
     (b'{"user": 1, "candidates": [1], "context": {"price": 1e39}}', "finite number"),
@@ -300,7 +320,7 @@ NAMES = (
     "parameters",
     "id",
 )
-QUICK = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+QUICK = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @QUICK
@@ -311,11 +331,15 @@ def test_any_json_gets_an_answer_that_is_not_500(served, path, body):
     assert answer.status_code == 200 or answer.json()["error"]
 
 
-TENSOR = st.fixed_dictionaries({
-    "name": st.sampled_from(["user", "candidates", "at_us", "context", "users"]),
-    "datatype": st.sampled_from(["BYTES", "INT64", "FP32", "BOOL", ""]),
-    "shape": st.lists(st.integers(-1, 4), max_size=4),
-}, optional={"data": ANYTHING, "parameters": st.fixed_dictionaries({"binary_data_size": st.integers(-1, 40)})})  # fmt: skip
+BINARY = st.fixed_dictionaries({"binary_data_size": st.integers(-1, 40)})
+TENSOR = st.fixed_dictionaries(
+    {
+        "name": st.sampled_from(["user", "candidates", "at_us", "context", "users"]),
+        "datatype": st.sampled_from(["BYTES", "INT64", "FP32", "BOOL", ""]),
+        "shape": st.lists(st.integers(-1, 4), max_size=4),
+    },
+    optional={"data": ANYTHING, "parameters": BINARY},
+)
 
 
 @QUICK
@@ -468,8 +492,6 @@ def test_a_token_is_asked_for_but_not_of_probers(tmp_path):
 
 
 def test_a_run_and_a_store_that_do_not_match_are_refused_at_the_start(tmp_path):
-    from vista.serving.metrics import Metrics
-
     run = saved_run(tmp_path / "runs" / "a")
     with open_store(str(tmp_path / "store")) as store:
         with pytest.raises(StoreError, match=f"has no version {run.version}.*vista summarize"):
@@ -479,3 +501,58 @@ def test_a_run_and_a_store_that_do_not_match_are_refused_at_the_start(tmp_path):
         fill(store, saved_run(tmp_path / "elsewhere", seed=1))
         with pytest.raises(CheckpointError, match=f"its runs have {run.version}"):
             Service(ServeOptions(tmp_path / "runs", "store"), store, Metrics())
+
+
+def test_the_command_serves_until_it_is_told_to_end(tmp_path):
+    """As a user runs it: ready, answering, no longer ready after SIGTERM but still answering, and a clean end."""
+    run = saved_run(tmp_path / "run")
+    with open_store(str(tmp_path / "store")) as store:
+        fill(store, run)
+    places = ["--run", str(tmp_path / "run"), "--store", str(tmp_path / "store")]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "vista.cli.main", "serve", *places, "--http-port", "0", "--grpc-port", "0",
+         "--drain-delay-s", "0.5"],
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stderr is not None
+    try:
+        first = json.loads(process.stderr.readline())
+        assert (first["event"], first["version"]) == ("serving", run.version)
+        with httpx.Client(base_url=first["http"], timeout=20) as client:
+            assert client.get("/readyz").status_code == 200
+            process.send_signal(signal.SIGTERM)
+            end_s = time.monotonic() + 10
+            while (ready := client.get("/readyz")).status_code == 200 and time.monotonic() < end_s:
+                time.sleep(0.01)
+            assert ready.json()["problem"] == "the server is ending"
+            assert client.post("/v1/rank", json={"user": "anna", "candidates": [1]}).status_code == 200
+        assert process.wait(20) == 0
+        assert json.loads(process.stderr.read().splitlines()[-1])["event"] == "ended"
+    finally:
+        process.kill()
+        process.stderr.close()
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["--run", "no-run"], "no-run is not there"),
+        (["--store", "no-store"], "there is no store"),
+        (["--tls-cert", "cert.pem"], "belong together"),
+        (["--token-file", "no-token"], "no token can be read"),
+        (["--cache-users", "5"], "needs cache_ttl_s"),
+        (["--timeout-s", "0"], "timeout_s is 0.0"),
+        (["--host", "256.0.0.1"], "cannot be had"),
+    ],
+)
+def test_the_command_says_why_it_cannot_start(tmp_path, monkeypatch, words, reason):
+    monkeypatch.chdir(tmp_path)
+    run = saved_run(tmp_path / "run")
+    with open_store(str(tmp_path / "store")) as store:
+        fill(store, run)
+    given = {"--run": "run", "--store": "store"} | {words[0]: words[1]}
+    result = CliRunner().invoke(app, ["serve", *(word for pair in given.items() for word in pair)])
+    assert result.exit_code == 2
+    assert "error: " in result.stderr
+    assert reason in result.stderr
+    assert not (tmp_path / "no-store").exists()

@@ -293,6 +293,21 @@ def test_one_wrong_event_refuses_the_post_as_a_whole(served):
     assert served.client.get("/v1/users/half").status_code == 404
 
 
+@pytest.mark.parametrize(
+    ("bucket", "reason"), [(1024.0, "device is a category"), (0.5, "device is a category"), (3.0, "")]
+)
+def test_a_bucket_beyond_the_table_is_refused(served, bucket, reason):
+    """Before the model reads from a place that is not there."""
+    inputs = [
+        {"name": "user", "datatype": "INT64", "shape": [1], "data": [7]},
+        {"name": "candidates", "datatype": "INT64", "shape": [1], "data": [1]},
+        {"name": "context", "datatype": "FP32", "shape": [1, 2], "data": [9.0, bucket]},
+    ]
+    answer = served.post("/v2/models/vista/infer", {"inputs": inputs})
+    assert answer.status_code == (400 if reason else 200), answer.text
+    assert reason in answer.text
+
+
 def test_paths_methods_versions_and_headers_that_are_not_there(served):
     assert served.client.get("/v1/rank").status_code == 405
     assert served.client.get("/nope").status_code == 404

@@ -25,16 +25,16 @@ import torch
 
 from vista.catalogue import Catalogue
 from vista.config import resolve
-from vista.jobs.order import UNKNOWN_ID, Arrivals
-from vista.jobs.refold import Tracked, refold, start_border
-from vista.jobs.replay import NEVER_US
-from vista.jobs.stored import Changed
-from vista.jobs.updates import Update, UpdateOptions, update_states
 from vista.models.borders import Spacing
 from vista.models.embeddings import ItemTables
 from vista.models.vista import SequenceModel, make_model
 from vista.records import borders_to_record, to_records
 from vista.store.record import encode
+from vista.updates.apply import Update, UpdateOptions, update_states
+from vista.updates.order import UNKNOWN_ID, Arrivals
+from vista.updates.refold import Tracked, refold, start_border
+from vista.updates.source import NEVER_US
+from vista.updates.stored import Changed
 
 NUM_ITEMS = 20_000
 FIRST_AGE = 10

@@ -24,10 +24,10 @@ from vista.config import resolve
 from vista.jobs.sources.contract import open_source
 from vista.jobs.sources.directory import DirectoryLog
 from vista.jobs.stream import Stream, StreamOptions
-from vista.jobs.updates import NewEvents, apply_events
 from vista.models.embeddings import ItemTables
 from vista.models.vista import make_model
 from vista.store.contract import open_store
+from vista.updates.apply import NewEvents, apply_events
 
 START_US = 1_700_000_000_000_000
 NUM_ITEMS = 1000

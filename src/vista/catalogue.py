@@ -222,5 +222,5 @@ def _as_kind(ids: np.ndarray, kind: str) -> np.ndarray:
 
 
 def _as_integer(key: Any) -> Any:
-    is_integer = isinstance(key, str) and key.lstrip("-").isdecimal() and str(int(key)) == key
+    is_integer = isinstance(key, str) and key.removeprefix("-").isdecimal() and str(int(key)) == key
     return int(key) if is_integer else key

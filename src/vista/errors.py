@@ -10,7 +10,8 @@
     ├── JobError             the processes of a bulk run cannot be started, or the cluster cannot be used
     ├── StoreError           the summary store cannot be opened, read or written
     │   └── RecordError        one record is corrupt, too new, or belongs to another model version
-    └── SourceError          an event log cannot be opened or read
+    ├── SourceError          an event log cannot be opened or read
+    └── RequestError         a request that the online server cannot answer as asked; has an HTTP status
 
 Each message names the place (file, row, column, parameter, user), the value found there, and what to do about it.
 The command line prints the message without a traceback and exits with ``exit_code``.
@@ -66,6 +67,17 @@ class RecordError(StoreError):
 
 class SourceError(VistaError):
     """An event log cannot be opened or read."""
+
+
+class RequestError(VistaError):
+    """A request the online server cannot answer as asked.
+
+    status: of HTTP, from which that of gRPC follows; retry_after_s: when to ask again, where that can help.
+    """
+
+    def __init__(self, message: str, status: int = 400, retry_after_s: int | None = None) -> None:
+        super().__init__(message)
+        self.status, self.retry_after_s = status, retry_after_s
 
 
 class VistaWarning(UserWarning):

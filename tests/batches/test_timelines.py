@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from tests.models.worlds import NUM_ACTIONS, NUM_ITEMS, catalogue, model_config
-from vista.batches.timelines import Feed, MemoryCarry, TimelineWalk, ragged_arange
+from vista.batches.timelines import Feed, MemoryCarry, TimelineWalk
 from vista.config import Config, TrainConfig
 from vista.data.histories import Histories, Impressions
 from vista.models.batch import flatten, unflatten
 from vista.models.embeddings import ItemTables
-from vista.models.inputs import Events
+from vista.models.inputs import Events, ragged_arange
 from vista.models.vista import SequenceModel
 from vista.schema import ContextColumn
 

@@ -1,6 +1,6 @@
 """A stream as a process of its own: ``python -m tests.jobs.stream_worker SOURCE STORE DEAD OPTIONS-AS-JSON``.
 
-Its run is the small model of tests/jobs/test_updates.py, which follows from a seed.
+Its run is the small model of tests/updates/test_apply.py, which follows from a seed.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from pathlib import Path
 
 import torch
 
-from tests.jobs.test_updates import RUN
+from tests.updates.test_apply import RUN
 from vista.jobs.pending import Cadence
 from vista.jobs.sources.contract import open_source
 from vista.jobs.stream import Stream, StreamOptions, StreamReport, stopped_by_signals
-from vista.jobs.updates import UpdateOptions
 from vista.models.borders import Spacing
 from vista.store.contract import open_store
+from vista.updates.apply import UpdateOptions
 
 
 def stream(source: str, store: str, dead: Path, borders: bool = False, **options) -> StreamReport:

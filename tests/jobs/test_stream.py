@@ -16,18 +16,18 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from tests.jobs.stream_worker import start, stream
-from tests.jobs.test_updates import NUM_ITEMS, RUN, SECOND, START_US, VERSION, S
+from tests.updates.test_apply import NUM_ITEMS, RUN, SECOND, START_US, VERSION, S
 from vista.errors import ConfigError, SourceError, StoreError
 from vista.jobs.parse import NoEvent, event_of
 from vista.jobs.pending import Cadence
 from vista.jobs.sources.contract import open_source, partition_of
 from vista.jobs.sources.directory import DirectoryLog
-from vista.jobs.stored import load_states
 from vista.jobs.stream_status import stream_status
 from vista.models.batch import flatten
 from vista.models.inputs import Events
 from vista.store.contract import open_store
 from vista.store.record import KINDS, user_key
+from vista.updates.stored import load_states
 
 
 def events_of(seed: int, size: int, num_users: int = 5, misorder: bool = True, ids: bool = True) -> list[dict]:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.jobs.test_updates import make_run
 from tests.models.worlds import histories
+from tests.updates.test_apply import make_run
 from vista.config import resolve
 from vista.records import to_records
 from vista.store import record

@@ -23,7 +23,7 @@ from torch import Tensor
 from vista.config import Config
 from vista.data.histories import Histories, Impressions
 from vista.models.batch import Borders, Memory, Requests, TimelineBatch, Windows, flatten, unflatten
-from vista.models.inputs import Events, Progress
+from vista.models.inputs import Events, Progress, ragged_arange
 
 CountFeatures = Callable[[np.ndarray, np.ndarray], np.ndarray]  # (request rows, impression rows), (n,) each -> (n, F)
 SEGMENTS_PER_STEP = 128  # most segments of one step, all lanes together: bounds memory where requests are rare
@@ -389,11 +389,3 @@ class MemoryCarry:
         self.by_user = {}
         for name in sorted(state, key=lambda name: tuple(map(int, name.split(".")))):
             self.by_user.setdefault(int(name.split(".")[0]), []).append(state[name])
-
-
-def ragged_arange(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """starts[0], starts[0] + 1, ... (lengths[0] of them), then the same for starts[1], and so on; int64."""
-    lengths = np.asarray(lengths, np.int64)
-    ends = np.cumsum(lengths)
-    total = int(ends[-1]) if len(ends) else 0
-    return np.arange(total, dtype=np.int64) + np.repeat(np.asarray(starts, np.int64) - (ends - lengths), lengths)

@@ -28,6 +28,7 @@ from vista.cli.evaluate import evaluate
 from vista.cli.export import export
 from vista.cli.forget import forget
 from vista.cli.prepare import prepare
+from vista.cli.serve import serve
 from vista.cli.store import app as store
 from vista.cli.stream import app as stream
 from vista.cli.summarize import rank, summarize
@@ -117,6 +118,7 @@ app.command()(summarize)
 app.add_typer(stream)
 app.command()(rank)
 app.command()(export)
+app.command()(serve)
 app.command()(forget)
 app.add_typer(store)
 app.command()(doctor)

@@ -72,8 +72,8 @@ def stream(
         return
     from vista import api
     from vista.jobs.pending import Cadence
-    from vista.jobs.updates import UpdateOptions
     from vista.models.borders import Spacing
+    from vista.updates.apply import UpdateOptions
 
     for name, value in (("--source", source), ("--run", run), ("--store", store)):
         if value is None:

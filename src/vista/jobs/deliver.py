@@ -1,8 +1,8 @@
 """Events of a log with offsets, in the states of a store exactly once each, and to the same last bit however delivered.
 
-Every state carries *marks* (`vista.jobs.stored`): the offset of a log's partition below which all of the user's events
-are in. An event below its user's mark was delivered before and is passed over, whether it has an event id or not. State
-and mark are one record, so that no engine can lose one of them alone.
+Every state carries *marks* (`vista.updates.stored`): the offset of a log's partition below which all of the user's
+events are in. An event below its user's mark was delivered before and is passed over, whether it has an event id or
+not. State and mark are one record, so that no engine can lose one of them alone.
 
 The offset is also the identity of an event without an event id: two of them are two events, as equal as they may be.
 
@@ -26,10 +26,8 @@ from typing import Any
 import numpy as np
 
 from vista.checkpoint import Run
-from vista.jobs.order import Arrivals, repeats
-from vista.jobs.refold import Tracked, put_users, take_users
-from vista.jobs.stored import Changed, Loaded, load_states, state_writes, tokens_writes
-from vista.jobs.updates import (
+from vista.store.contract import SummaryStore, Write
+from vista.updates.apply import (
     APPLIED,
     BAD_CLOCK,
     DELIVERED_BEFORE,
@@ -42,7 +40,9 @@ from vista.jobs.updates import (
     encode_events,
     update_states,
 )
-from vista.store.contract import SummaryStore, Write
+from vista.updates.order import Arrivals, repeats
+from vista.updates.refold import Tracked, put_users, take_users
+from vista.updates.stored import Changed, Loaded, load_states, state_writes, tokens_writes
 
 IN_STATE = (APPLIED, SORTED_IN, REPLAYED, DELIVERED_BEFORE)  # what has become of an event that a state holds
 

@@ -16,13 +16,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from vista.batches.timelines import Feed, MemoryCarry, Step, TimelineWalk, ragged_arange
+from vista.batches.timelines import Feed, MemoryCarry, Step, TimelineWalk
 from vista.checkpoint import Run
 from vista.data.features import events_before
 from vista.data.histories import Impressions, PreparedData
 from vista.data.requests import MomentColumns, places_of, read_moments
 from vista.data.summaries import CODECS, ExportFacts, Summaries, begin_export, end_export, write_part
 from vista.errors import CheckpointError, ConfigError, nearest
+from vista.models.inputs import ragged_arange
 from vista.progress import Progress
 from vista.schema import SPLITS
 

@@ -10,12 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from vista.batches.timelines import ragged_arange
 from vista.checkpoint import Run, load_run
 from vista.data.histories import Histories, PreparedData
 from vista.errors import CheckpointError, VistaError
 from vista.jobs.blocks import Block
-from vista.models.inputs import Events
+from vista.models.inputs import Events, ragged_arange
 from vista.models.vista import SequenceModel
 from vista.records import to_records
 from vista.schema import Manifest

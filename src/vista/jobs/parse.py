@@ -18,7 +18,7 @@ import numpy as np
 from vista.data.events import LARGEST_SECONDS
 from vista.jobs.deliver import Delivery
 from vista.jobs.sources.contract import LONGEST_VALUE, Entry
-from vista.jobs.updates import NewEvents
+from vista.updates.apply import NewEvents
 
 LARGEST_INTEGER = 2**63 - 1
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)

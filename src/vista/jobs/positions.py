@@ -1,6 +1,6 @@
 """Where a stream is in a log: one record per partition and model version, beside the states.
 
-Which events are in a state is said by the state's own marks (`vista.jobs.stored`). A position is only a lower bound:
+Which events are in a state is said by the state's own marks (`vista.updates.stored`). A position is only a lower bound:
 all below it are in, so that reading starts there. It is written after the states, and is right whatever the engine can
 put into one transaction; older than it could be, it costs a few events that are passed over.
 """
@@ -13,9 +13,9 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from vista.jobs.updates import OUTCOMES
 from vista.store.contract import SummaryStore, Write
 from vista.store.record import Record, decode, encode, user_key
+from vista.updates.apply import OUTCOMES
 
 MALFORMED, PASSED_OVER, DAMAGED = "malformed", "passed over", "damaged state"
 COUNTED = (*OUTCOMES, MALFORMED, PASSED_OVER, DAMAGED)  # in this order in the record: new ones go to the end

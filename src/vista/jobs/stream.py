@@ -37,9 +37,9 @@ from vista.jobs.positions import (
 )
 from vista.jobs.sources.contract import Entry, EventSource
 from vista.jobs.stream_metrics import Metrics, MetricsServer, write_metrics
-from vista.jobs.updates import BAD_CLOCK, OUTCOMES, TOO_LATE, USERS_AT_ONCE, UpdateOptions, check_model
 from vista.progress import Progress, duration, short
 from vista.store.contract import SummaryStore
+from vista.updates.apply import BAD_CLOCK, OUTCOMES, TOO_LATE, USERS_AT_ONCE, UpdateOptions, check_model
 
 IDLE_S = 0.2  # how long a read waits for the first entry: tokens fall due and a stop is asked for meanwhile
 STATUS_S = 1.0  # between looks at the lag; each asks the log

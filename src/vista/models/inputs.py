@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -63,6 +64,14 @@ class Events(TensorGroup):
             known = previous_us[offsets.diff() > 0]
             gap_us[starts] = torch.where(known >= 0, timestamp_us[starts] - known, NO_GAP_US)
         return cls(item.to(torch.int64), action.to(torch.int64), timestamp_us, gap_us, offsets.to(torch.int64))
+
+
+def ragged_arange(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """starts[0], starts[0] + 1, ... (lengths[0] of them), then the same for starts[1], and so on; int64."""
+    lengths = np.asarray(lengths, np.int64)
+    ends = np.cumsum(lengths)
+    total = int(ends[-1]) if len(ends) else 0
+    return np.arange(total, dtype=np.int64) + np.repeat(np.asarray(starts, np.int64) - (ends - lengths), lengths)
 
 
 def ragged_index(starts: Tensor, lengths: Tensor, width: int) -> Tensor:

@@ -163,24 +163,48 @@ class SequenceModel(Model):
         tokens (B, K, D), recent (B, R), num_known (B,) events known, timestamp_us (B,) of the request, candidate (B,
         C) item index, context (B, C, X) as prepared data has it, NaN where not given, or None, sketch (B, ...) where
         the model has one, counts (B, C, F) popularity of the candidates where the model reads it. """  # fmt: skip
-        num_users, size = recent.item.shape
-        rows = torch.arange(num_users * size, device=recent.item.device).view(num_users, size)
+        user = torch.arange(len(candidate), device=candidate.device)
+        prepared = self.prepare_users(tokens, recent, sketch)
         if context is None:
             num_columns = self.ranker.head.context.num_columns
             context = tokens.new_full((*candidate.shape, num_columns), torch.nan)
+        return self.rank_rows(prepared, recent, num_known, timestamp_us, user, candidate, context, counts)
+
+    def prepare_users(self, tokens: Tensor, recent: Recent, sketch: Running = ()) -> Prepared:
+        """What ranking needs of B users and no candidate changes; arguments as of ``rank_users``."""
+        event_x = self.embedding(*(c.flatten() for c in _columns(recent)))
+        return Prepared(tokens, self.ranker.prepare(tokens, event_x), sketch)
+
+    def rank_rows(
+        self,
+        prepared: Prepared,
+        recent: Recent,
+        num_known: Tensor,
+        timestamp_us: Tensor,
+        user: Tensor,
+        candidate: Tensor,
+        context: Tensor,
+        counts: Tensor | None = None,
+    ) -> Tensor:
+        """Logits (Q, C, T) of Q rows of candidates, each of the user in ``user`` (Q,), who may have several.
+
+        recent (B, R), num_known (B,) and timestamp_us (B,) are by user; candidate (Q, C), context (Q, C, X) and counts
+        (Q, C, F) by row.
+        """
+        num_users, size = recent.item.shape
+        rows = torch.arange(num_users * size, device=recent.item.device).view(num_users, size)
         requests = Requests(
-            summary=torch.arange(num_users, device=candidate.device),
-            recent=torch.where(recent.item > 0, rows, -1),
-            recent_item=recent.item,
-            recent_us=recent.timestamp_us,
-            timestamp_us=timestamp_us,
-            num_known=num_known,
+            summary=user,
+            recent=torch.where(recent.item > 0, rows, -1)[user],
+            recent_item=recent.item[user],
+            recent_us=recent.timestamp_us[user],
+            timestamp_us=timestamp_us[user],
+            num_known=num_known[user],
             candidate=candidate,
             context=context,
             counts=counts,
         )
-        event_x = self.embedding(*(c.flatten() for c in _columns(recent)))
-        return self.rank(Prepared(tokens, self.ranker.prepare(tokens, event_x), sketch), requests)
+        return self.rank(prepared, requests)
 
     def init_state(self, num_users: int) -> UserState:
         """The state of users without events; without a summarizer, recent events are all of it."""

@@ -22,10 +22,13 @@ from vista.errors import RecordError, StoreError
 from vista.models.inputs import Recent
 from vista.models.memory import Running
 from vista.records import fill_recent, fill_sketch
+from vista.serving.cache import Decoded, TokenCache
 from vista.store.contract import SummaryStore
 from vista.store.record import Stored, decode_tokens, unpack, user_key
 
-US_PER_S = 1_000_000
+CANDIDATES_AT_ONCE = 8192  # in one pass: with 200 events and tokens and 4 heads, attention takes 26 MB
+ROW_WIDTHS = (16, 64, 256, 1024, CANDIDATES_AT_ONCE)
+ROW_COST = 32  # of a row, in candidates: copies of its user's keys and values
 
 
 @dataclass(frozen=True)
@@ -59,50 +62,87 @@ class Ranking:
     as_of_us: int
 
 
-class Scorer:
-    """Ranks from one run and one store. Reads only records of the run's own model version."""
+@dataclass(frozen=True)
+class Asked:
+    """The candidates of one user: item indices (C,) int, the moment asked about, and context (C, X) float32 or None."""
 
-    def __init__(self, run: Run, store: SummaryStore) -> None:
-        self.run, self.store, self.model = run, store, run.sequence_model
+    index: np.ndarray
+    at_us: int
+    context: np.ndarray | None = None
+
+
+class Scorer:
+    """Ranks from one run and one store. Reads only records of the run's own model version. Threads may share it."""
+
+    def __init__(self, run: Run, store: SummaryStore, cache: TokenCache | None = None) -> None:
+        self.run, self.store, self.model, self.cache = run, store, run.sequence_model, cache
         self._popularity = run.read_popularity()
         with torch.no_grad():
-            self._shape = tuple(self.model.empty_summary(1).shape[1:])
+            self._empty = self.model.empty_summary(1)[0].clone()
+        self._shape = tuple(self._empty.shape)
 
     @torch.no_grad()
     def read(self, users: Sequence[Any]) -> UserSummaries:
         """Tokens and recent events of users by original id. Raises StoreError for a damaged or misfit record."""
-        blobs = self.store.get_many("tokens", [user_key(user) for user in users], self.run.version)
-        pairs = enumerate(zip(users, blobs, strict=True))
-        found = {row: self._unpack(user, blob) for row, (user, blob) in pairs if blob is not None}
+        found = self._find([user_key(user) for user in users], users)
         recent = Recent.empty(len(users), self.run.config.model.recent_events)
         sketch = self.model.init_sketch(len(users))
+        tokens = self._empty.expand(len(users), *self._shape).clone()
         num_events, as_of_us = [0] * len(users), [-1] * len(users)
-        for row, stored in found.items():
+        for row, (stored, own) in found.items():
+            tokens.numpy()[row] = own
             if sketch:
                 fill_sketch(sketch, row, stored)
             fill_recent(recent, row, stored)
             num_events[row], as_of_us[row] = stored.num_events, stored.as_of_us
         return UserSummaries(
-            self._decode(len(users), found),
+            tokens,
             sketch,
             recent,
             torch.tensor(num_events, dtype=torch.int64),
             torch.tensor(as_of_us, dtype=torch.int64),
-            np.array([blob is not None for blob in blobs]),
+            np.array([row in found for row in range(len(users))], bool),
         )
 
-    def _decode(self, num_users: int, found: dict[int, Stored]) -> torch.Tensor:
-        """Tokens (B, K, D) from the records by row, all of a codec at once; a cold start where there is none."""
-        codecs = {stored.codec for stored in found.values()}
-        if len(found) == num_users and len(codecs) == 1:
-            tokens = torch.empty(num_users, *self._shape)
-            decode_tokens(list(found.values()), out=tokens.numpy())
-            return tokens
-        tokens = self.model.empty_summary(num_users).clone()
-        for codec in codecs:
-            rows = [row for row, stored in found.items() if stored.codec == codec]
-            tokens[rows] = torch.from_numpy(decode_tokens([found[row] for row in rows]))
-        return tokens
+    def cold(self, num_users: int) -> UserSummaries:
+        """What ``read`` gives for users the store does not know."""
+        return UserSummaries(
+            self._empty.expand(num_users, *self._shape),
+            self.model.init_sketch(num_users),
+            Recent.empty(num_users, self.run.config.model.recent_events),
+            torch.zeros(num_users, dtype=torch.int64),
+            torch.full((num_users,), -1),
+            np.zeros(num_users, bool),
+        )
+
+    def stored(self, user: Any) -> Stored | None:
+        """The tokens record of one user, None where there is none. Raises StoreError as ``read``."""
+        (blob,) = self.store.get_many("tokens", [user_key(user)], self.run.version)
+        return None if blob is None else self._unpack(user, blob)
+
+    def _find(self, keys: list[bytes], users: Sequence[Any]) -> dict[int, Decoded]:
+        """The users that are known, by row: what the cache has, and from the store what it has not."""
+        if self.cache is None:
+            return self._fetch(keys, users, range(len(keys)))
+        with self.cache.reading() as cache:
+            found = {row: known for row, key in enumerate(keys) if (known := cache.get(key)) is not None}
+            fetched = self._fetch(keys, users, [row for row in range(len(keys)) if row not in found])
+            for row, decoded in fetched.items():
+                cache.put(keys[row], decoded)
+        return found | fetched
+
+    def _fetch(self, keys: list[bytes], users: Sequence[Any], rows: Sequence[int]) -> dict[int, Decoded]:
+        """Some of the users from the store, all records of a codec decoded at once."""
+        blobs = self.store.get_many("tokens", [keys[row] for row in rows], self.run.version)
+        stored = {
+            row: self._unpack(users[row], blob) for row, blob in zip(rows, blobs, strict=True) if blob is not None
+        }
+        decoded: dict[int, Decoded] = {}
+        for codec in sorted({one.codec for one in stored.values()}):
+            mine = [row for row, one in stored.items() if one.codec == codec]
+            tokens = decode_tokens([stored[row] for row in mine])
+            decoded |= {row: (stored[row], own) for row, own in zip(mine, tokens, strict=True)}
+        return decoded
 
     def _unpack(self, user: Any, blob: bytes) -> Stored:
         try:
@@ -122,6 +162,27 @@ class Scorer:
         return stored
 
     @torch.no_grad()
+    def score(self, summaries: UserSummaries, asked: Sequence[Asked]) -> list[np.ndarray]:
+        """Probabilities (C, T) of each user's candidates.
+
+        Keys and values of tokens and recent events are computed once per user. Candidates are cut into rows of equal
+        width, as many per user as needed, so that users with few candidates do not pay for one with many.
+        """
+        rows = CandidateRows.of(asked, len(self.run.schema.context))
+        users = self.model.prepare_users(summaries.tokens, summaries.recent, summaries.sketch)
+        at_us = torch.tensor([one.at_us for one in asked], dtype=torch.int64)
+        step = max(CANDIDATES_AT_ONCE // rows.width, 1)
+        parts = []
+        for first in range(0, len(rows.user), step):
+            some = slice(first, first + step)
+            counts = None if self._popularity is None else self._popularity[rows.candidate[some]]
+            logits = self.model.rank_rows(
+                users, summaries.recent, summaries.num_events, at_us,
+                rows.user[some], rows.candidate[some], rows.context[some], counts,
+            )  # fmt: skip
+            parts.append(logits.double().sigmoid().numpy())
+        return rows.unpack(parts, len(self.run.schema.tasks))
+
     def rank(
         self,
         users: Sequence[Any],
@@ -133,35 +194,74 @@ class Scorer:
 
         context: per user (C, X) float32 as prepared data holds it, columns in the order of the run's schema, NaN
         where a value is not given. Raises StoreError as ``read`` does. """  # fmt: skip
-        summaries = self.read(users)
-        lengths = [len(own) for own in candidates]
-        width, num_context = max(lengths, default=0), len(self.run.schema.context)
-        candidate = torch.zeros(len(users), width, dtype=torch.int64)
-        contexts = torch.full((len(users), width, num_context), torch.nan)
-        for row, own in enumerate(candidates):
-            candidate[row, : len(own)] = torch.from_numpy(self.run.catalogue.encode(list(own)).astype(np.int64))
-            if context is not None:
-                contexts[row, : len(own)] = torch.from_numpy(np.asarray(context[row], np.float32))
         at_us = time.time_ns() // 1000 if at_us is None else at_us
-        logits = self.model.rank_users(
-            summaries.tokens,
-            summaries.recent,
-            summaries.num_events,
-            torch.full((len(users),), at_us, dtype=torch.int64),
-            candidate,
-            contexts,
-            summaries.sketch,
-            None if self._popularity is None else self._popularity[candidate],
-        )
-        probability = logits.double().sigmoid().numpy()
-        is_known_item = candidate.numpy() >= self.run.catalogue.first_item
+        contexts = [None] * len(users) if context is None else context
+        index = [self.run.catalogue.encode(list(own)) for own in candidates]
+        asked = [Asked(own, at_us, one) for own, one in zip(index, contexts, strict=True)]
+        summaries = self.read(users)
+        return self.rankings(summaries, asked, self.score(summaries, asked))
+
+    def rankings(
+        self, summaries: UserSummaries, asked: Sequence[Asked], probabilities: Sequence[np.ndarray]
+    ) -> list[Ranking]:
+        """What was found out about each user, together."""
         return [
             Ranking(
-                probability[row, :length],
-                is_known_item[row, :length],
+                probability,
+                one.index >= self.run.catalogue.first_item,
                 bool(summaries.is_known[row]),
                 int(summaries.num_events[row]),
                 int(summaries.as_of_us[row]),
             )
-            for row, length in enumerate(lengths)
+            for row, (one, probability) in enumerate(zip(asked, probabilities, strict=True))
         ]
+
+
+@dataclass(frozen=True)
+class CandidateRows:
+    """Candidates of several users as one rectangle: user (Q,), candidate (Q, C) item index, 0 pads, context (Q, C, X).
+
+    lengths: candidates of each user; its rows stand one behind the other.
+    """
+
+    width: int
+    user: torch.Tensor
+    candidate: torch.Tensor
+    context: torch.Tensor
+    lengths: list[int]
+
+    @classmethod
+    def of(cls, asked: Sequence[Asked], num_context: int) -> CandidateRows:
+        lengths = [len(one.index) for one in asked]
+        width = row_width(lengths)
+        num_rows = [-(-length // width) for length in lengths]
+        total = sum(num_rows)
+        candidate = np.zeros(total * width, np.int64)
+        context = np.full((total * width, num_context), np.nan, np.float32)
+        place = 0
+        for one, rows in zip(asked, num_rows, strict=True):
+            candidate[place : place + len(one.index)] = one.index
+            if one.context is not None:
+                context[place : place + len(one.index)] = one.context
+            place += rows * width
+        return cls(
+            width,
+            torch.from_numpy(np.repeat(np.arange(len(asked)), num_rows)),
+            torch.from_numpy(candidate).view(total, width),
+            torch.from_numpy(context).view(total, width, num_context),
+            lengths,
+        )
+
+    def unpack(self, parts: list[np.ndarray], num_tasks: int) -> list[np.ndarray]:
+        """Probabilities of the rows, in parts (Q, C, T), to those of each user, (C, T)."""
+        flat = np.concatenate([np.zeros((0, num_tasks)), *(part.reshape(-1, num_tasks) for part in parts)])
+        taken = [-(-length // self.width) * self.width for length in self.lengths]
+        starts = np.cumsum([0, *taken])[:-1].tolist()
+        return [flat[start : start + length] for start, length in zip(starts, self.lengths, strict=True)]
+
+
+def row_width(lengths: Sequence[int]) -> int:
+    """How wide rows of candidates are: what makes padding and the rows' own cost the least together."""
+    longest = max([*lengths, 1])
+    widths = {min(width, longest) for width in ROW_WIDTHS}
+    return min(widths, key=lambda width: sum(-(-length // width) for length in lengths) * (width + ROW_COST))

@@ -1,9 +1,9 @@
 """New events for many users at once, applied to stored states, whatever order they arrive in.
 
-The rule, the same as `vista prepare` has for a whole log (``vista.jobs.order`` has it in code, docs/event-order.md as a
-table): a history is in order of time, events of equal time in order of arrival; of events that repeat each other the
-first in that order stays. After every call a state is what the whole, sorted log without repeats would give. How far
-back a state is taken depends on the oldest new event of the user:
+The rule, the same as `vista prepare` has for a whole log (``vista.updates.order`` has it in code, docs/event-order.md
+as a table): a history is in order of time, events of equal time in order of arrival; of events that repeat each other
+the first in that order stays. After every call a state is what the whole, sorted log without repeats would give. How
+far back a state is taken depends on the oldest new event of the user:
 
 - at or after the newest closed border: the open segment, which is held raw, is sorted anew; no memory is touched;
 - before that: from the newest kept border at or before it, events read from those held raw where they reach back that
@@ -35,14 +35,14 @@ import numpy as np
 from vista.catalogue import id_array
 from vista.checkpoint import Run
 from vista.errors import ConfigError, DataError
-from vista.jobs.order import Arrivals, hash_event_ids, moves, order_of, repeats
-from vista.jobs.refold import Tracked, refold, start_border, take_users
-from vista.jobs.replay import ReplaySource
-from vista.jobs.stored import Changed, load_states, writes_of
 from vista.models.borders import Border, Spacing
 from vista.models.vista import SequenceModel
 from vista.store.contract import SummaryStore
 from vista.store.record import user_key
+from vista.updates.order import Arrivals, hash_event_ids, moves, order_of, repeats
+from vista.updates.refold import Tracked, refold, start_border, take_users
+from vista.updates.source import ReplaySource
+from vista.updates.stored import Changed, load_states, writes_of
 
 USERS_AT_ONCE = 256  # in one commit; with kept borders a user of a million events has some 300 kilobytes
 AHEAD_US = 300 * 1_000_000  # clocks of servers agree within seconds, those of phones within minutes

@@ -24,11 +24,15 @@ from vista.config import Config
 from vista.data.sort import _is_duplicate
 from vista.errors import ConfigError, DataError
 from vista.jobs.fold import summarize_users
-from vista.jobs.order import NULL_ID, UNKNOWN_ID, Arrivals, hash_event_ids, order_of, repeats
-from vista.jobs.refold import Tracked, refold, start_border
 from vista.jobs.replay import MemoryLog
-from vista.jobs.stored import load_states
-from vista.jobs.updates import (
+from vista.models.borders import KeptBorders, Spacing
+from vista.models.embeddings import ItemTables
+from vista.models.inputs import Events
+from vista.models.vista import make_model
+from vista.records import borders_from_record, borders_to_record
+from vista.store.contract import SummaryStore, open_store
+from vista.store.record import decode, encode, user_key
+from vista.updates.apply import (
     APPLIED,
     BAD_CLOCK,
     DUPLICATE,
@@ -40,13 +44,9 @@ from vista.jobs.updates import (
     UpdateOptions,
     apply_events,
 )  # fmt: skip
-from vista.models.borders import KeptBorders, Spacing
-from vista.models.embeddings import ItemTables
-from vista.models.inputs import Events
-from vista.models.vista import make_model
-from vista.records import borders_from_record, borders_to_record
-from vista.store.contract import SummaryStore, open_store
-from vista.store.record import decode, encode, user_key
+from vista.updates.order import NULL_ID, UNKNOWN_ID, Arrivals, hash_event_ids, order_of, repeats
+from vista.updates.refold import Tracked, refold, start_border
+from vista.updates.stored import load_states
 
 TOLERANCE = {"rtol": 2e-5, "atol": 2e-5}
 EXACT = {"rtol": 0, "atol": 0}

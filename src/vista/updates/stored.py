@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 
 from vista.checkpoint import Run
-from vista.jobs.order import UNKNOWN_ID
-from vista.jobs.refold import Tracked, take_users
 from vista.models.vista import SequenceModel
 from vista.records import borders_from_record, borders_to_record, from_records, state_records, tokens_records
 from vista.store.contract import SummaryStore, Write
 from vista.store.record import Record, Stored, decode, encode, repack, unpack, user_key
+from vista.updates.order import UNKNOWN_ID
+from vista.updates.refold import Tracked, take_users
 
 Marks = dict[int, int]  # of one user: partition of a log (`vista.jobs.deliver.partition_key`) to offset
 MARK_ARRAYS = ("log_partition", "log_offset")

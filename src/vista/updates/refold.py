@@ -15,20 +15,19 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 import torch
 
-from vista.batches.timelines import ragged_arange
-from vista.jobs.order import UNKNOWN_ID, Arrivals
 from vista.models.batch import Memory, flatten, unflatten
 from vista.models.borders import Border, KeptBorders, Spacing
-from vista.models.inputs import Events, Progress, Recent
+from vista.models.inputs import Events, Progress, Recent, ragged_arange
 from vista.models.summarizer import UserState
 from vista.models.vista import SequenceModel
+from vista.updates.order import UNKNOWN_ID, Arrivals
 
 
 @dataclass(frozen=True)
 class Tracked:
     """States of B users with what putting events in order needs.
 
-    event_id (B, R) int64: of the recent events, as ``vista.jobs.order`` has them; borders: each user's kept ones.
+    event_id (B, R) int64: of the recent events, as ``vista.updates.order`` has them; borders: each user's kept ones.
     """
 
     state: UserState

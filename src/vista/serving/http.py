@@ -1,0 +1,207 @@
+"""The HTTP endpoints: how a request gets to its answer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Awaitable, Callable
+from importlib.metadata import version as version_of
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp
+
+from vista.errors import RequestError
+from vista.serving import answers
+from vista.serving.inference import HEADER_LENGTH, InferRequest, infer_answer
+from vista.serving.middleware import FACTS, Surroundings, told
+from vista.serving.requests import events_ask, rank_ask, read_id, recommend_ask, shown
+from vista.serving.service import Service
+from vista.serving.tensors import MODEL_NAME, answer_tensors, inputs_of, outputs_of, queries_of
+
+TIMEOUT_HEADER = "x-request-timeout-ms"
+Handler = Callable[[Request], Awaitable[Response]]
+
+
+def application(service: Service, token: bytes | None) -> ASGIApp:
+    """The ASGI application of a service."""
+    app = Starlette(routes=Handlers(service).routes(), exception_handlers={HTTPException: _not_routed})
+    return Surroundings(app, service.metrics, token)
+
+
+class Handlers:
+    """One method per endpoint."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    def routes(self) -> list[Route]:
+        post, get = ["POST"], ["GET"]
+        model = f"/v2/models/{MODEL_NAME}"
+        table: list[tuple[str, str, list[str], Handler]] = [
+            ("/v1/rank", "rank", post, self.rank),
+            ("/v1/recommend", "recommend", post, self.recommend),
+            ("/v1/events", "events", post, self.events),
+            ("/v1/users/{id:path}", "users", get, self.user),
+            ("/livez", "health", get, self.live),
+            ("/readyz", "health", get, self.ready),
+            ("/metrics", "metrics", get, self.metrics),
+            ("/v2/health/live", "health", get, self.live),
+            ("/v2/health/ready", "health", get, self.ready),
+            ("/v2", "metadata", get, self.server_metadata),
+            (model, "metadata", get, self.model_metadata),
+            (f"{model}/ready", "health", get, self.ready),
+            (f"{model}/infer", "infer", post, self.infer),
+            (f"{model}/versions/{{version}}", "metadata", get, self.model_metadata),
+            (f"{model}/versions/{{version}}/ready", "health", get, self.ready),
+            (f"{model}/versions/{{version}}/infer", "infer", post, self.infer),
+        ]
+        return [Route(path, _named(endpoint, handler), methods=methods) for path, endpoint, methods, handler in table]
+
+    # -- for people
+
+    async def rank(self, request: Request) -> Response:
+        ask = rank_ask(await self._body(request), self._service.limits)
+        found = await self._service.rank(ask, self._deadline_s(request))
+        _facts(request).update(
+            stages=found.stages, num_candidates=len(ask.candidates), model_version=found.model.version,
+            is_known_user=found.ranking.is_known_user,
+        )  # fmt: skip
+        return json_response(answers.ranked(found, ask))
+
+    async def recommend(self, request: Request) -> Response:
+        ask = recommend_ask(await self._body(request))
+        found = await self._service.recommend(ask, self._deadline_s(request))
+        _facts(request).update(num_scored=found.num_scored, model_version=found.model.version)
+        return json_response(answers.recommended(found, ask))
+
+    async def events(self, request: Request) -> Response:
+        events = events_ask(await self._body(request), self._service.limits)
+        found = await self._service.post(events, self._deadline_s(request))
+        _facts(request).update(num_events=len(events), model_version=found.version)
+        return json_response(answers.posted(found))
+
+    async def user(self, request: Request) -> Response:
+        user = read_id(request.path_params["id"], "user")
+        model, stored = await self._service.user(user, self._deadline_s(request))
+        return json_response(answers.user(model, stored, user))
+
+    # -- for machines
+
+    async def live(self, request: Request) -> Response:
+        return json_response({"live": True})
+
+    async def ready(self, request: Request) -> Response:
+        """200, or 503 and why not."""
+        self._check_version(request)
+        problem = self._service.why_not_ready()
+        content = {"ready": not problem, "model_version": self._service.model.version}
+        return json_response(content | ({"problem": problem} if problem else {}), 503 if problem else 200)
+
+    async def metrics(self, request: Request) -> Response:
+        return Response(self._service.metrics.text(), media_type="text/plain; version=0.0.4")
+
+    async def server_metadata(self, request: Request) -> Response:
+        return json_response(server_metadata())
+
+    async def model_metadata(self, request: Request) -> Response:
+        self._check_version(request)
+        return json_response(model_metadata(self._service))
+
+    async def infer(self, request: Request) -> Response:
+        self._check_version(request)
+        if request.headers.get("content-encoding", "identity") != "identity":
+            raise RequestError("compressed bodies are not read; send it as it is", 415)
+        asked = InferRequest(await self._body(request), request.headers.get(HEADER_LENGTH), self._service.limits)
+        model = self._service.model
+        queries, is_batch = queries_of(model, asked.tensors, self._service.limits)
+        found = await self._service.rank_many(queries, self._deadline_s(request, asked.timeout_s))
+        _facts(request).update(stages=found[0].stages, num_users=len(found), model_version=model.version)
+        body, headers = infer_answer(asked, model.version, answer_tensors(found, is_batch, asked.outputs))
+        return Response(body, headers=headers)
+
+    # -- common
+
+    def _check_version(self, request: Request) -> None:
+        check_version(self._service, request.path_params.get("version", ""))
+
+    def _deadline_s(self, request: Request, timeout_s: float | None = None) -> float:
+        """The sooner of what the header says, what the body says, and the limit. Raises RequestError."""
+        text = request.headers.get(TIMEOUT_HEADER)
+        if text is not None:
+            if not (text.isascii() and text.isdecimal() and len(text) <= 12 and int(text)):
+                raise RequestError(f"{TIMEOUT_HEADER} is {shown(text)}; give milliseconds, an integer above 0")
+            timeout_s = min(int(text) / 1000, float("inf") if timeout_s is None else timeout_s)
+        return self._service.deadline_s(timeout_s)
+
+    async def _body(self, request: Request) -> bytes:
+        """The body, unless it is too large: then it is not even read to its end. Raises RequestError."""
+        most, size = self._service.limits.max_body_bytes, 0
+        parts = []
+        async for part in request.stream():
+            size += len(part)
+            if size > most:
+                raise RequestError(f"a body of {size} bytes or more; the most is {most}: send several requests", 413)
+            parts.append(part)
+        return b"".join(parts)
+
+
+def check_version(service: Service, version: str) -> None:
+    """Raise RequestError where a request names another version than the one that answers."""
+    if version not in ("", service.model.version):
+        raise RequestError(f"version {shown(version)} is not served; version {service.model.version} is", 404)
+
+
+def server_metadata() -> dict[str, Any]:
+    return {"name": "vista", "version": version_of("vista-recsys"), "extensions": ["binary_tensor_data"]}
+
+
+def model_metadata(service: Service) -> dict[str, Any]:
+    model = service.model
+    return {
+        "name": MODEL_NAME,
+        "versions": [model.version],
+        "platform": "vista",
+        "inputs": inputs_of(model),
+        "outputs": outputs_of(model),
+    }
+
+
+def json_response(content: Any, status: int = 200) -> Response:
+    return Response(json.dumps(content, allow_nan=False), status, media_type="application/json")
+
+
+def _facts(request: Request) -> dict[str, Any]:
+    facts: dict[str, Any] = request.scope[FACTS]
+    return facts
+
+
+def _named(endpoint: str, handler: Handler) -> Handler:
+    """A handler that says first what it is, and answers errors, too."""
+
+    async def handle(request: Request) -> Response:
+        facts = _facts(request)
+        facts["endpoint"] = endpoint
+        try:
+            return await handler(request)
+        except ClientDisconnect:
+            raise
+        except Exception as error:
+            status, facts["problem"], headers = told(error)
+            response = json_response({"error": facts["problem"], "request_id": facts["request_id"]}, status)
+            response.headers.update(headers)
+            return response
+
+    return handle
+
+
+async def _not_routed(request: Request, error: Exception) -> Response:
+    """Paths and methods that are not there."""
+    assert isinstance(error, HTTPException)
+    message = f"{request.method} {request.url.path[:200]}: {error.detail}"
+    response = json_response({"error": message, "request_id": _facts(request)["request_id"]}, error.status_code)
+    response.headers.update(error.headers or {})
+    return response

@@ -414,8 +414,10 @@ def test_a_newly_published_version_takes_over_without_a_failed_request(tmp_path)
 
         thread = threading.Thread(target=ask)
         thread.start()
+        end_s = time.monotonic() + 60
+        while not versions and time.monotonic() < end_s:
+            time.sleep(0.02)
         fill(served.store, other)
-        end_s = time.monotonic() + 20
         while other.version not in versions and time.monotonic() < end_s:
             time.sleep(0.02)
         is_over.set()

@@ -36,9 +36,9 @@ class Running:
         return f"http://127.0.0.1:{self.http_port}"
 
 
-def saved_run(folder: Path, seed: int = 0) -> Run:
+def saved_run(folder: Path, seed: int = 0, **changes: object) -> Run:
     """A run folder with random weights, loaded."""
-    made = make_run(CONTEXT, seed=seed)
+    made = make_run(CONTEXT, seed=seed, **changes)
     start_run(folder, made.config, made.schema, made.catalogue)
     write_tensors(folder / "model.safetensors", made.model.state_dict())
     return load_run(folder)

@@ -30,11 +30,9 @@ AT_US = 2_000_000_000_000_000
 CONTEXT = (ContextColumn("price", "number", 10.0, 2.0),)
 
 
-def make_run(
-    context: tuple[ContextColumn, ...] = (), version: str = VERSION, seed: int = 0, sketch_slots: int = 0
-) -> Run:
+def make_run(context: tuple[ContextColumn, ...] = (), version: str = VERSION, seed: int = 0, **changes: object) -> Run:
     """A run with random weights, none of them zero."""
-    config, items = model_config(sketch_slots=sketch_slots, popularity_days=0), catalogue()
+    config, items = model_config(**({"popularity_days": 0} | changes)), catalogue()
     torch.manual_seed(seed)
     model = make_model(config, ItemTables.of(items), NUM_ACTIONS, 2, context, 0).eval()
     with torch.no_grad():

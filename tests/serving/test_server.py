@@ -51,8 +51,8 @@ class Served:
 
 
 @contextmanager
-def serving(folder: Path, token: bytes | None = None, **changes: Any) -> Iterator[Served]:
-    run = saved_run(folder / "runs" / "a")
+def serving(folder: Path, token: bytes | None = None, num_layers: int = 2, **changes: Any) -> Iterator[Served]:
+    run = saved_run(folder / "runs" / "a", num_layers=num_layers)
     with open_store(str(folder / "store")) as store:
         fill(store, run)
         changes = {"limits": LIMITS, "watch_s": 60.0} | changes

@@ -50,11 +50,16 @@ def serve(
     ] = None,
     tls_cert: Annotated[Path | None, typer.Option(help="Certificate chain, PEM.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="Its private key, PEM.")] = None,
+    ui: Annotated[bool, typer.Option(help="Show the page at /ui, on which to look at users and at the server.")] = True,
+    data: Annotated[
+        Path | None, typer.Option(help="Prepared data: lets the page show whole histories. No ranking needs it.")
+    ] = None,
 ) -> None:
     """Rank, recommend and take events over HTTP and gRPC, from one model and one store.
 
     Ends on SIGTERM or Ctrl-C when the requests in flight have their answers. Needs the extra `serve`.
     """
+    from vista.data.histories import PreparedData
     from vista.errors import ConfigError
 
     try:
@@ -70,6 +75,6 @@ def serve(
     )  # fmt: skip
     options = ServeOptions(
         run, store, host, http_port, grpc_port, limits, watch_s, degrade, cache_users, cache_ttl_s, threads,
-        drain_delay_s, token_file, tls_cert, tls_key,
+        drain_delay_s, token_file, tls_cert, tls_key, ui,
     )  # fmt: skip
-    run_server(options)
+    run_server(options, None if data is None else PreparedData.open(data))

@@ -112,6 +112,19 @@ class PreparedData:
         """The index of a user by original id (7 and "7" are the same user), or None."""
         return self._user_index.get(str(user_id))
 
+    def history_of(self, user_id: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+        """Item index, action and timestamp_us (N,) of one user's events, oldest first; None for an unknown user.
+
+        Raises StaleOutput where files were changed since the folder was opened.
+        """
+        self._check_unchanged()
+        index = self.user_index(user_id)
+        if index is None:
+            return None
+        histories = self.histories
+        own = slice(int(histories.offsets[index]), int(histories.offsets[index + 1]))
+        return histories.item[own], histories.action[own], histories.timestamp_us[own]
+
     def impressions(self, split: str) -> Impressions:
         """The impressions of ``train``, ``validation`` or ``test``."""
         assert split in SPLITS, split

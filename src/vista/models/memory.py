@@ -26,7 +26,7 @@ from vista.config import ModelConfig
 from vista.models.layers import norm, split_heads
 from vista.ops.order import SegmentOrder
 from vista.ops.qla import merge_sums, read_memory, rms_norm, scan_sums, segment_sums
-from vista.ops.slots import EMPTY_MAXIMUM, merge_slots, scan_slots, slot_parts
+from vista.ops.slots import EMPTY_MAXIMUM, merge_slots, scan_slots, slot_parts, slot_shares
 
 Running = tuple[Tensor, ...]
 SLOT_QUERY_SCALE = 3.0  # of fresh slot queries: spread enough that slots divide the events among themselves at once
@@ -127,6 +127,13 @@ class SlotsMemory(nn.Module):
         log_count = num_events.clamp(min=1).to(denominator.dtype).log()[:, None, None]
         mass = (maximum + safe.log() - log_count).masked_fill(is_empty, 0.0)
         return norm(numerator).to(v.dtype), mass.transpose(1, 2)
+
+    def shares(self, k: Tensor, running: Running) -> Tensor:
+        """What share of each slot of one user each event has: k (G, H, S, E), running (1, ...), to (G, H, K, S).
+
+        Over all events that ``running`` holds they add up to 1.
+        """
+        return slot_shares(self.query, k, running[0], running[1])
 
 
 def make_memory(config: ModelConfig) -> SumMemory | SlotsMemory:

@@ -53,8 +53,18 @@ class TargetAttention(nn.Module):
         h = norm(rows)
         return split_heads(self.key(h), self.num_heads), split_heads(self.value(h), self.num_heads)
 
-    def forward(self, x: Tensor, tokens: tuple[Tensor, Tensor], recent: tuple[Tensor, Tensor], bias: Tensor) -> Tensor:
-        """x (Q, C, D); keys and values of tokens (Q, H, K, E) and recent events (Q, H, R, E); bias (Q, H, C, R)."""
+    def forward(
+        self,
+        x: Tensor,
+        tokens: tuple[Tensor, Tensor],
+        recent: tuple[Tensor, Tensor],
+        bias: Tensor,
+        seen: list[Tensor] | None = None,
+    ) -> Tensor:
+        """x (Q, C, D); keys and values of tokens (Q, H, K, E) and recent events (Q, H, R, E); bias (Q, H, C, R).
+
+        seen: takes the attention weights (Q, H, C, K + R + 1) on tokens, recent events and the candidate itself.
+        """
         h = norm(x)
         q, k_self, v_self = (split_heads(p(h), self.num_heads) for p in (self.query, self.key, self.value))
         q = q * (self.log_scale.exp() * q.shape[-1] ** -0.5)[:, None, None].to(q.dtype)
@@ -62,6 +72,8 @@ class TargetAttention(nn.Module):
         on_recent = (q @ recent[0].transpose(-2, -1)).float() + bias
         on_self = (q * k_self).sum(-1, keepdim=True).float()
         weight = torch.cat([on_tokens, on_recent, on_self], -1).softmax(-1).to(q.dtype)
+        if seen is not None:
+            seen.append(weight)
         num_tokens, num_recent = tokens[0].shape[-2], recent[0].shape[-2]
         w_tokens, w_recent, w_self = weight.split([num_tokens, num_recent, 1], -1)
         read = w_tokens @ tokens[1] + w_recent @ recent[1] + w_self * v_self
@@ -104,8 +116,10 @@ class Ranker(nn.Module):
             recent.append((k.transpose(0, 1), v.transpose(0, 1)))  # rows first, to be gathered
         return UserCache(tuple(block.keys_values(tokens) for block in self._blocks), tuple(recent))
 
-    def forward(self, cache: UserCache, requests: Requests, candidate_x: Tensor) -> Tensor:
-        """Logits (Q, C, T). candidate_x (Q, C, D): the candidates' item vectors."""
+    def forward(
+        self, cache: UserCache, requests: Requests, candidate_x: Tensor, seen: list[Tensor] | None = None
+    ) -> Tensor:
+        """Logits (Q, C, T). candidate_x (Q, C, D): the candidates' item vectors; seen: takes each block's attention."""
         index, is_absent = requests.recent.clamp(min=0), requests.recent < 0
         age = gap_bucket((requests.timestamp_us[:, None] - requests.recent_us).clamp(min=0))
         same = (requests.candidate[:, None, :, None] == requests.recent_item[:, None, None, :]).float()
@@ -113,7 +127,7 @@ class Ranker(nn.Module):
         for block, tokens, recent in zip(self._blocks, cache.tokens, cache.recent, strict=True):
             bias = self._bias(block, age, is_absent) + same * block.same_item[:, None, None]
             k, v = (_gather(rows, index) for rows in recent)
-            x = block(x, tuple(t[requests.summary] for t in tokens), (k, v), bias)
+            x = block(x, tuple(t[requests.summary] for t in tokens), (k, v), bias, seen)
         return self.head(norm(x), candidate_x, requests)
 
     @property

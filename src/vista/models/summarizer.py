@@ -132,6 +132,15 @@ class SummarizerLayer(nn.Module):
             return self._add(s + self.mass(mass.to(s.dtype)), read)
         return self._add(s, read)
 
+    def shares(self, x: Tensor, memory: LayerMemory) -> Tensor | None:
+        """What share of each slot of one user the events x (G, S, D) of this layer have, (G, H, K, S).
+
+        None where the memory is no weighted mean of events.
+        """
+        if not isinstance(self.reader, SlotsMemory):
+            return None
+        return self.reader.shares(self._project(self.key, norm(x)), memory[0])
+
     def full(self, rows: Tensor) -> Tensor:
         """The paper's layer: events and seeds of one user as one source, (rows, D)."""
         h = norm(rows)

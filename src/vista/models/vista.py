@@ -133,13 +133,13 @@ class SequenceModel(Model):
         """The memory of lanes that start at the beginning of a history."""
         return self.summarizer.init_state(num_lanes).memory if self.summarizer is not None else ()
 
-    def rank(self, prepared: Prepared, requests: Requests) -> Tensor:
-        """Logits (Q, C, T)."""
+    def rank(self, prepared: Prepared, requests: Requests, seen: list[Tensor] | None = None) -> Tensor:
+        """Logits (Q, C, T). seen: takes the attention weights of each block of the ranker."""
         if self.sketch is not None:
             facts = self.sketch.read(prepared.sketch, requests, self.embedding.items.features)
             counts = facts if requests.counts is None else torch.cat([requests.counts, facts], -1)
             requests = replace(requests, counts=counts)
-        return self.ranker(prepared.cache, requests, self.embedding.items(requests.candidate))
+        return self.ranker(prepared.cache, requests, self.embedding.items(requests.candidate), seen)
 
     def embed(self, events: Events) -> Tensor:
         """Event vectors (N, D)."""
@@ -186,14 +186,28 @@ class SequenceModel(Model):
         context: Tensor,
         counts: Tensor | None = None,
     ) -> Tensor:
-        """Logits (Q, C, T) of Q rows of candidates, each of the user in ``user`` (Q,), who may have several.
+        """Logits (Q, C, T) of Q rows of candidates; arguments as of ``requests_of``."""
+        requests = self.requests_of(recent, num_known, timestamp_us, user, candidate, context, counts)
+        return self.rank(prepared, requests)
+
+    @staticmethod
+    def requests_of(
+        recent: Recent,
+        num_known: Tensor,
+        timestamp_us: Tensor,
+        user: Tensor,
+        candidate: Tensor,
+        context: Tensor,
+        counts: Tensor | None = None,
+    ) -> Requests:
+        """Q rows of candidates, each of the user in ``user`` (Q,), who may have several, as requests.
 
         recent (B, R), num_known (B,) and timestamp_us (B,) are by user; candidate (Q, C), context (Q, C, X) and counts
         (Q, C, F) by row.
         """
         num_users, size = recent.item.shape
         rows = torch.arange(num_users * size, device=recent.item.device).view(num_users, size)
-        requests = Requests(
+        return Requests(
             summary=user,
             recent=torch.where(recent.item > 0, rows, -1)[user],
             recent_item=recent.item[user],
@@ -204,7 +218,6 @@ class SequenceModel(Model):
             context=context,
             counts=counts,
         )
-        return self.rank(prepared, requests)
 
     def init_state(self, num_users: int) -> UserState:
         """The state of users without events; without a summarizer, recent events are all of it."""

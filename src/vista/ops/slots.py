@@ -46,6 +46,15 @@ def slot_parts(query: Tensor, k: Tensor, v: Tensor, is_valid: Tensor) -> tuple[T
     return sums, maximum.detach()
 
 
+def slot_shares(query: Tensor, k: Tensor, sums: Tensor, maximum: Tensor) -> Tensor:
+    """The softmax weight of rows among all that sums (..., H, K, E + 1) and maximum (..., H, K) hold.
+
+    query (H, K, E), k (..., H, S, E), to (..., H, K, S).
+    """
+    logits = carried(query.to(k.dtype) @ k.transpose(-2, -1)) * k.shape[-1] ** -0.5
+    return (logits - maximum[..., None]).exp() / sums[..., -1:]
+
+
 def merge_slots(running: Values, part: Values) -> Values:
     """The running value (sums, maximum, residue) after one more part (sums, maximum)."""
     maximum = torch.maximum(running[1], part[1])

@@ -1,4 +1,4 @@
-"""Answers as JSON for people. ``openapi.py`` says what each field means."""
+"""Answers as JSON for people. ``openapi.py`` says what each field means; ``looks.py`` has those of who looks closer."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def ranked(found: Ranked, ask: RankAsk) -> dict[str, Any]:
     scores, is_known = ranking.probability.tolist(), ranking.is_known_item.tolist()
     return {
         "user": ask.user,
-        **_about_user(found.model.version, ranking.is_known_user, ranking.num_events, ranking.as_of_us),
+        **about_user(found.model.version, ranking.is_known_user, ranking.num_events, ranking.as_of_us),
         "at": iso(ask.at_us),
         "is_degraded": found.is_degraded,
         "tasks": list(tasks),
@@ -44,20 +44,20 @@ def recommended(found: Recommended, ask: RecommendAsk) -> dict[str, Any]:
     items = found.model.run.catalogue.decode(found.index)
     return {
         "user": ask.user,
-        **_about_user(found.model.version, found.is_known_user, found.num_events, found.as_of_us),
+        **about_user(found.model.version, found.is_known_user, found.num_events, found.as_of_us),
         "at": iso(ask.at_us),
         "is_degraded": found.is_degraded,
         "tasks": list(tasks),
         "num_scored": found.num_scored,
         "is_exact": found.is_exact,
         "items": [
-            {"item": _plain(item), "scores": dict(zip(tasks, scores, strict=True))}
+            {"item": plain(item), "scores": dict(zip(tasks, scores, strict=True))}
             for item, scores in zip(items, found.probability.tolist(), strict=True)
         ],
     }
 
 
-def _about_user(version: str, is_known: bool, num_events: int, as_of_us: int) -> dict[str, Any]:
+def about_user(version: str, is_known: bool, num_events: int, as_of_us: int) -> dict[str, Any]:
     return {"model_version": version, "is_known_user": is_known, "num_events": num_events, "as_of": iso(as_of_us)}
 
 
@@ -74,7 +74,7 @@ def user(model: Model, stored: Stored, user_id: Any) -> dict[str, Any]:
     actions = [None, *model.run.schema.actions]
     rows = zip(items, arrays["recent_action"].tolist(), arrays["recent_timestamp_us"].tolist(), strict=True)
     recent = [
-        {"item": _plain(item), "is_known": item is not None, "action": _plain(actions[action]), "at": iso(at_us)}
+        {"item": plain(item), "is_known": item is not None, "action": plain(actions[action]), "at": iso(at_us)}
         for item, action, at_us in rows
     ]
     number, width = arrays["tokens"].shape
@@ -90,6 +90,6 @@ def user(model: Model, stored: Stored, user_id: Any) -> dict[str, Any]:
     }
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """A value of numpy as Python's own."""
     return value.item() if hasattr(value, "item") else value

@@ -15,13 +15,26 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from vista.errors import RequestError
-from vista.serving import answers
+from vista.serving import answers, looks
 from vista.serving.inference import HEADER_LENGTH, InferRequest, infer_answer
 from vista.serving.middleware import FACTS, Surroundings, told
-from vista.serving.requests import events_ask, rank_ask, read_id, recommend_ask, shown
+from vista.serving.openapi import openapi_document
+from vista.serving.page import page_file
+from vista.serving.requests import (
+    LARGEST_INTEGER,
+    check_parameters,
+    events_ask,
+    explain_ask,
+    rank_ask,
+    read_id,
+    read_number,
+    recommend_ask,
+    shown,
+)
 from vista.serving.service import Service
 from vista.serving.tensors import MODEL_NAME, answer_tensors, inputs_of, outputs_of, queries_of
 
+MAX_USERS_LISTED, MAX_EVENTS_SHOWN, MAX_EVENTS_OF_TOKEN = 100, 1000, 50  # in one answer
 TIMEOUT_HEADER = "x-request-timeout-ms"
 Handler = Callable[[Request], Awaitable[Response]]
 
@@ -45,7 +58,13 @@ class Handlers:
             ("/v1/rank", "rank", post, self.rank),
             ("/v1/recommend", "recommend", post, self.recommend),
             ("/v1/events", "events", post, self.events),
+            ("/v1/explain", "explain", post, self.explain),
+            ("/v1/users", "users", get, self.some_users),
             ("/v1/users/{id:path}", "users", get, self.user),
+            ("/v1/history/{id:path}", "history", get, self.history),
+            ("/v1/tokens/{id:path}", "tokens", get, self.tokens),
+            ("/v1/status", "status", get, self.status),
+            ("/openapi.json", "metadata", get, self.openapi),
             ("/livez", "health", get, self.live),
             ("/readyz", "health", get, self.ready),
             ("/metrics", "metrics", get, self.metrics),
@@ -59,6 +78,8 @@ class Handlers:
             (f"{model}/versions/{{version}}/ready", "health", get, self.ready),
             (f"{model}/versions/{{version}}/infer", "infer", post, self.infer),
         ]
+        if self._service.options.has_page:
+            table += [("/ui", "page", get, self.page), ("/ui/{name}", "page", get, self.page)]
         return [Route(path, _named(endpoint, handler), methods=methods) for path, endpoint, methods, handler in table]
 
     # -- for people
@@ -88,6 +109,44 @@ class Handlers:
         user = read_id(request.path_params["id"], "user")
         model, stored = await self._service.user(user, self._deadline_s(request))
         return json_response(answers.user(model, stored, user))
+
+    # -- for those who look closer
+
+    async def explain(self, request: Request) -> Response:
+        ask = explain_ask(await self._body(request), self._service.limits)
+        found = await self._service.explain(ask, self._deadline_s(request))
+        _facts(request).update(num_candidates=len(ask.candidates), model_version=found.model.version)
+        return json_response(looks.explained(found, ask))
+
+    async def some_users(self, request: Request) -> Response:
+        check_parameters(request.query_params, ("limit",))
+        limit = read_number(request.query_params, "limit", 20, MAX_USERS_LISTED)
+        return json_response(looks.some_users(*await self._service.some_users(limit, self._deadline_s(request))))
+
+    async def history(self, request: Request) -> Response:
+        given = request.query_params
+        check_parameters(given, ("limit", "before"))
+        limit = read_number(given, "limit", 100, MAX_EVENTS_SHOWN)
+        before = read_number(given, "before", LARGEST_INTEGER, LARGEST_INTEGER)
+        user = read_id(request.path_params["id"], "user")
+        model, known = await self._service.history(user, self._deadline_s(request))
+        return json_response(looks.history(model, known, user, limit, before))
+
+    async def tokens(self, request: Request) -> Response:
+        check_parameters(request.query_params, ("events",))
+        number = read_number(request.query_params, "events", 5, MAX_EVENTS_OF_TOKEN)
+        user = read_id(request.path_params["id"], "user")
+        return json_response(looks.tokens(await self._service.traced(user, self._deadline_s(request)), user, number))
+
+    async def status(self, request: Request) -> Response:
+        found = await self._service.versions(self._deadline_s(request))
+        return json_response(looks.status(self._service, *found))
+
+    async def openapi(self, request: Request) -> Response:
+        return json_response(openapi_document())
+
+    async def page(self, request: Request) -> Response:
+        return page_file(request.path_params.get("name", "index.html"), request.headers.get("if-none-match", ""))
 
     # -- for machines
 

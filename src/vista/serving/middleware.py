@@ -18,6 +18,7 @@ from vista.serving.logs import say
 from vista.serving.metrics import Metrics
 
 OPEN_PATHS = ("/livez", "/readyz", "/v2/health/live", "/v2/health/ready")  # a prober has no token
+OPEN_FILES = ("/ui", "/openapi.json")  # nor has a browser that has not asked for it yet; these tell of nobody
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 FACTS = "vista.facts"  # in a scope: what the log and the metrics are to know of a request
 CLIENT_GONE = 499  # in log and metrics alone: nobody is left to be told
@@ -48,7 +49,7 @@ class Surroundings:
             await send(message)
 
         try:
-            if self._token is not None and scope["path"] not in OPEN_PATHS:
+            if self._token is not None and not is_open(scope["path"]):
                 check_token(headers.get(b"authorization", b""), self._token)
             await self._app(scope, receive, answer)
         except ClientDisconnect:
@@ -69,6 +70,11 @@ class Surroundings:
             "request", method=scope["method"], path=scope["path"][:200], endpoint=endpoint, status=status, **times,
             **facts,
         )  # fmt: skip
+
+
+def is_open(path: str) -> bool:
+    """Whether a path needs no token."""
+    return path in OPEN_PATHS or path in OPEN_FILES or path.startswith("/ui/")
 
 
 def check_token(authorization: bytes, token: bytes) -> None:

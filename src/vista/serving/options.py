@@ -47,6 +47,7 @@ class ServeOptions:
     token_file: Path | None = None
     tls_cert: Path | None = None
     tls_key: Path | None = None
+    has_page: bool = True  # whether /ui shows the page
 
     def __post_init__(self) -> None:
         for name, value in (("watch_s", self.watch_s), ("timeout_s", self.limits.timeout_s)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, NoReturn
@@ -16,6 +17,8 @@ LARGEST_INTEGER = 2**63 - 1
 LARGEST_NUMBER = 3.4e38  # of a context value: within float32
 LATEST_US = 253_402_300_799_999_999  # the end of the year 9999
 MAX_K = 1000  # items recommended at once
+MAX_EXPLAINED = 100  # candidates explained at once: the answer has a weight per candidate, token and recent event
+DIGITS = 19  # of an integer of 64 bits
 SHOWN = 60  # characters of a value in a message
 
 
@@ -91,6 +94,30 @@ def rank_ask(body: bytes, limits: Limits) -> RankAsk:
     check_number(len(candidates), limits.max_candidates, "candidates")
     check_ids(candidates, "candidates")
     return RankAsk(read_id(given["user"], "user"), candidates, read_at(given.get("at"), "at"), given.get("context"))
+
+
+def explain_ask(body: bytes, limits: Limits) -> RankAsk:
+    """A ranking to be explained: as of ``rank_ask``, with fewer candidates. Raises RequestError."""
+    ask = rank_ask(body, limits)
+    check_number(len(ask.candidates), MAX_EXPLAINED, "candidates to explain")
+    return ask
+
+
+def read_number(given: Mapping[str, str], name: str, default: int, most: int) -> int:
+    """A parameter of a URL: an integer from 0 to ``most``. Raises RequestError."""
+    text = given.get(name)
+    if text is None:
+        return default
+    if not (text.isascii() and text.isdecimal() and len(text) <= DIGITS and int(text) <= most):
+        raise RequestError(f"{name} is {shown(text)}; give an integer from 0 to {most}")
+    return int(text)
+
+
+def check_parameters(given: Mapping[str, str], names: tuple[str, ...]) -> None:
+    """Raise RequestError for a parameter of a URL that is not there."""
+    unknown = [name for name in given if name not in names]
+    if unknown:
+        raise RequestError(f"there is no parameter {shown(unknown[0])} in this URL{nearest(unknown[0][:SHOWN], names)}")
 
 
 def events_ask(body: bytes, limits: Limits) -> list[PostedEvent]:

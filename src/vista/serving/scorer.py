@@ -19,12 +19,13 @@ import torch
 
 from vista.checkpoint import Run
 from vista.errors import RecordError, StoreError
+from vista.models.batch import Requests
 from vista.models.inputs import Recent
 from vista.models.memory import Running
 from vista.records import fill_recent, fill_sketch
 from vista.serving.cache import Decoded, TokenCache
 from vista.store.contract import SummaryStore
-from vista.store.record import Stored, decode_tokens, unpack, user_key
+from vista.store.record import Record, Stored, decode, decode_tokens, unpack, user_key
 
 CANDIDATES_AT_ONCE = 8192  # in one pass: with 200 events and tokens and 4 heads, attention takes 26 MB
 ROW_WIDTHS = (16, 64, 256, 1024, CANDIDATES_AT_ONCE)
@@ -120,6 +121,14 @@ class Scorer:
         (blob,) = self.store.get_many("tokens", [user_key(user)], self.run.version)
         return None if blob is None else self._unpack(user, blob)
 
+    def state(self, user: Any) -> Record | None:
+        """The state record of one user, None where there is none. Raises StoreError for a damaged one."""
+        (blob,) = self.store.get_many("state", [user_key(user)], self.run.version)
+        try:
+            return None if blob is None else decode(blob, self.run.version)
+        except RecordError as error:
+            raise RecordError(f"user {user!r}: {error}") from error
+
     def _find(self, keys: list[bytes], users: Sequence[Any]) -> dict[int, Decoded]:
         """The users that are known, by row: what the cache has, and from the store what it has not."""
         if self.cache is None:
@@ -183,6 +192,15 @@ class Scorer:
             parts.append(logits.double().sigmoid().numpy())
         return rows.unpack(parts, len(self.run.schema.tasks))
 
+    def request_of(self, summaries: UserSummaries, asked: Asked) -> Requests:
+        """What one user's candidates ask of the model, as one row."""
+        rows = CandidateRows.of([asked], len(self.run.schema.context), len(asked.index))
+        counts = None if self._popularity is None else self._popularity[rows.candidate]
+        at_us = torch.tensor([asked.at_us], dtype=torch.int64)
+        return self.model.requests_of(
+            summaries.recent, summaries.num_events, at_us, rows.user, rows.candidate, rows.context, counts
+        )
+
     def rank(
         self,
         users: Sequence[Any],
@@ -231,9 +249,10 @@ class CandidateRows:
     lengths: list[int]
 
     @classmethod
-    def of(cls, asked: Sequence[Asked], num_context: int) -> CandidateRows:
+    def of(cls, asked: Sequence[Asked], num_context: int, width: int = 0) -> CandidateRows:
+        """width: of a row, in candidates; 0 for the best one."""
         lengths = [len(one.index) for one in asked]
-        width = row_width(lengths)
+        width = width or row_width(lengths)
         num_rows = [-(-length // width) for length in lengths]
         total = sum(num_rows)
         candidate = np.zeros(total * width, np.int64)

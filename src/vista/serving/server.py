@@ -15,6 +15,7 @@ import uvloop
 
 from vista.errors import ConfigError
 from vista.serving.grpc_server import GrpcServer
+from vista.serving.history import HistorySource
 from vista.serving.http import application
 from vista.serving.logs import say
 from vista.serving.metrics import Metrics
@@ -26,8 +27,11 @@ BACKLOG = 2048
 POLL_S = 0.01
 
 
-def serve(options: ServeOptions) -> None:
-    """Serve until SIGTERM or Ctrl-C. Raises VistaError where it cannot start."""
+def serve(options: ServeOptions, histories: HistorySource | None = None) -> None:
+    """Serve until SIGTERM or Ctrl-C. Raises VistaError where it cannot start.
+
+    histories: prepared data, where the page is to show whole histories.
+    """
     token = options.token()
     check_certificate(options)
     if not options.is_loopback and token is None:
@@ -35,7 +39,7 @@ def serve(options: ServeOptions) -> None:
     torch.set_num_threads(options.threads)
     open_store(options.store, read_only=True).close()  # a mistyped path must not become an empty store
     with open_store(options.store) as store, bound(options) as listening:
-        service = Service(options, store, Metrics())
+        service = Service(options, store, Metrics(), histories)
         try:
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
                 runner.run(Server(options, service, token).run(listening, has_signals=True))
@@ -102,9 +106,11 @@ class Server:
         stopping = asyncio.create_task(self._stop.wait())
         while not http.started and not serving.done():
             await asyncio.sleep(POLL_S)
+        url = self._url(listening.getsockname()[1])
         say(
-            "serving", http=self._url(listening.getsockname()[1]), grpc=f"{self._options.host}:{grpc_port}",
-            store=shown(self._options.store), version=self._service.model.version,
+            "serving", http=url, page=f"{url}/ui" if self._options.has_page else None,
+            grpc=f"{self._options.host}:{grpc_port}", store=shown(self._options.store),
+            version=self._service.model.version,
         )  # fmt: skip
         started(grpc_port)
         await asyncio.wait([serving, stopping], return_when=asyncio.FIRST_COMPLETED)

@@ -7,19 +7,26 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
+from itertools import islice
+from typing import Any, TypeVar
 
 from vista.errors import RecordError, RequestError, StoreError
 from vista.serving.deployment import Deployment, Model
 from vista.serving.events import EventWriter, Posted
+from vista.serving.explain import Explanation, explain
+from vista.serving.history import HistorySource, Timeline, Traced, timeline, trace
 from vista.serving.lanes import RETRY_S, Job, Lane, too_late
 from vista.serving.metrics import Metrics
 from vista.serving.options import ServeOptions
 from vista.serving.recommend import Recommended, Recommender
-from vista.serving.requests import PostedEvent, RankAsk, RecommendAsk
+from vista.serving.requests import PostedEvent, RankAsk, RecommendAsk, shown
 from vista.serving.scorer import Asked, Ranking, UserSummaries
 from vista.store.contract import SummaryStore
-from vista.store.record import Stored
+from vista.store.record import Stored, unpack
+from vista.store.versions import VersionInfo
+
+Found = TypeVar("Found")
+MAX_LOOKS = 16  # requests of people that wait: more of them than look at a page, and few beside those who rank
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,8 +51,12 @@ class Ranked:
 class Service:
     """All that is behind the protocols. Methods are called from the event loop, work happens in threads."""
 
-    def __init__(self, options: ServeOptions, store: SummaryStore, metrics: Metrics) -> None:
+    def __init__(
+        self, options: ServeOptions, store: SummaryStore, metrics: Metrics, histories: HistorySource | None = None
+    ) -> None:
+        """histories: where whole histories are, for those who look at one; rankings need none."""
         self.options, self.limits, self.metrics = options, options.limits, metrics
+        self._histories, self.began_s = histories, time.monotonic()
         self.deployment = Deployment(options, store, metrics)
         self.is_draining = False
         limits, most = self.limits, self.limits.max_waiting
@@ -53,13 +64,14 @@ class Service:
         self._events = Lane("events", EventWriter(self.deployment, metrics).write, most, limits.max_events, metrics)
         self._recommend = Lane("recommend", _run_each, most, 1, metrics)
         self._users = Lane("users", _run_each, most, 1, metrics)
+        self._looks = Lane("looks", _run_each, min(most, MAX_LOOKS), 1, metrics)
         self._recommender: Recommender | None = None
         metrics.ready.set_function(lambda: float(not self.why_not_ready()))
 
     def close(self) -> None:
         """Answer what waits, then end the threads."""
         self.deployment.close()
-        for lane in (self._rank, self._events, self._recommend, self._users):
+        for lane in (self._rank, self._events, self._recommend, self._users, self._looks):
             lane.close(self.limits.drain_s)
 
     @property
@@ -169,20 +181,77 @@ class Service:
     async def user(self, user: Any, deadline_s: float) -> tuple[Model, Stored]:
         """What the store holds of a user. Raises RequestError: 404 where there is nothing."""
         model = self.model
+        return model, await answer_of(
+            self._users.submit(lambda: self._stored(user, model.scorer.stored), deadline_s), deadline_s
+        )
 
-        def work() -> Stored:
-            try:
-                stored = model.scorer.stored(user)
-            except RecordError:
-                raise
-            except StoreError as error:
-                self.metrics.store_errors.inc()
-                raise store_away(error) from error
-            if stored is None:
-                raise RequestError(f"user {user!r} is not in the store: a ranking would be a cold start", 404)
-            return stored
+    def _stored(self, user: Any, read: Callable[[Any], Found | None]) -> Found:
+        """What ``read`` finds of a user in the store. Raises RequestError."""
+        found = self._asked(lambda: read(user))
+        if found is None:
+            raise RequestError(f"user {shown(user)} is not in the store: a ranking would be a cold start", 404)
+        return found
 
-        return model, await answer_of(self._users.submit(work, deadline_s), deadline_s)
+    def _asked(self, read: Callable[[], Found]) -> Found:
+        """What the store answers. Raises RequestError where it is away."""
+        try:
+            return read()
+        except RecordError:
+            raise
+        except StoreError as error:
+            self.metrics.store_errors.inc()
+            raise store_away(error) from error
+
+    # -- for those who look
+
+    async def explain(self, ask: RankAsk, deadline_s: float) -> Explanation:
+        """Raises RequestError."""
+        model = self.model
+        asked = Asked(
+            model.run.catalogue.encode(ask.candidates), ask.at_us, model.context.read(ask.context, len(ask.candidates))
+        )
+
+        def work() -> Explanation:
+            summaries, is_degraded = self._read(model, [ask.user])
+            return explain(model, summaries, asked, is_degraded)
+
+        return await self._look(work, deadline_s)
+
+    async def history(self, user: Any, deadline_s: float) -> tuple[Model, Timeline]:
+        """What is known of a user's history. Raises RequestError."""
+        model = self.model
+        return model, await self._look(
+            lambda: timeline(model, self._stored(user, model.scorer.stored), self._histories, user), deadline_s
+        )
+
+    async def traced(self, user: Any, deadline_s: float) -> Traced:
+        """Which events wrote a user's tokens. Raises RequestError."""
+        model = self.model
+
+        def work() -> Traced:
+            record = self._stored(user, model.scorer.state)
+            return trace(model, record, timeline(model, record, self._histories, user), deadline_s)
+
+        return await self._look(work, deadline_s)
+
+    async def some_users(self, limit: int, deadline_s: float) -> tuple[Model, list[Stored]]:
+        """The first users of the store, in order of their keys. Raises RequestError."""
+        model = self.model
+
+        def work() -> list[Stored]:
+            records = islice(model.scorer.store.scan("tokens", model.version), limit)
+            return [unpack(blob, model.version) for _, blob in records]
+
+        return model, await self._look(lambda: self._asked(work), deadline_s)
+
+    async def versions(self, deadline_s: float) -> tuple[list[VersionInfo], str | None]:
+        """The versions of the store, and the published one. Raises RequestError."""
+        store = self.deployment.store
+        return await self._look(lambda: self._asked(lambda: (store.versions(), store.published())), deadline_s)
+
+    async def _look(self, work: Callable[[], Found], deadline_s: float) -> Found:
+        found: Found = await answer_of(self._looks.submit(work, deadline_s), deadline_s)
+        return found
 
 
 def _run_each(jobs: list[Job[Callable[[], Any]]]) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import shlex
+import subprocess
+import sys
 from io import StringIO
 from pathlib import Path
 
+import httpx
 import numpy as np
 import polars as pl
 import pytest
@@ -16,6 +20,7 @@ from typer.testing import CliRunner
 
 from tests.test_docs import check_vista
 from vista.cli.main import app
+from vista.cli.serve import serve
 from vista.data.prepare import PrepareOptions
 from vista.data.worlds import WorldOptions
 from vista.demo import Demo, DemoSize, run_demo
@@ -36,8 +41,34 @@ def test_it_ends_with_the_table_and_the_report(shown: tuple[Demo, str]) -> None:
     table = screen[screen.index("$ vista evaluate") :]
     for row in ("vista", "recent", "counts", "best possible"):
         assert re.search(rf"{row}.*0\.\d+", table), f"no row {row} in {table}"
-    assert screen.rstrip().endswith(f"report: {demo.report}")
+    assert f"report: {demo.report}" in table
     assert demo.report.exists()
+
+
+def test_it_ends_with_how_to_serve_what_it_made(shown: tuple[Demo, str]) -> None:
+    """The command starts, the address is that of the page, and the page's endpoints know the demo's users."""
+    _, screen = shown
+    command, line = screen.rstrip().splitlines()[-2:]
+    words = shlex.split(command.removeprefix("$ "))
+    address = line.split()[-1]
+    defaults = inspect.signature(serve).parameters
+    assert address == f"http://{defaults['host'].default}:{defaults['http_port'].default}/ui"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "vista.cli.main", *words[1:], "--http-port", "0", "--grpc-port", "0"],
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stderr is not None
+    try:
+        page = json.loads(process.stderr.readline())["page"]
+        assert httpx.get(page, timeout=20).status_code == 200
+        base = page.removesuffix("/ui")
+        user = httpx.get(f"{base}/v1/users?limit=1", timeout=20).json()["users"][0]["user"]
+        found = httpx.get(f"{base}/v1/tokens/{user}", timeout=20).json()
+        assert found["num_traced"] == found["num_summarized"] > 200, "whole histories come from the prepared data"
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()
 
 
 def test_what_it_prints_can_be_typed(shown: tuple[Demo, str]) -> None:
@@ -53,6 +84,7 @@ def test_what_it_prints_can_be_typed(shown: tuple[Demo, str]) -> None:
         "summarize",
         "rank",
         "evaluate",
+        "serve",
     ]
     for words in commands:
         assert not check_vista(words), check_vista(words)

@@ -1,7 +1,7 @@
 """The whole system in one go: an event log to histories, models, a store, a ranking, a table and a report.
 
 Each step is the Python call behind the command of the same name, and prints that command, so that whoever watches can
-do it again with a log of their own.
+do it again with a log of their own. The last command, which serves what was made, is printed and left to them.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ BUDGETS = {"vista": (800, 200), "recent": (600, 30), "counts": (600, 20)}
 THREADS = 1  # of training: at this size two are hardly faster on a quiet machine, and half as fast on a busy one
 MAX_CANDIDATES_SHOWN = 6
 US_PER_S = 1_000_000
+PAGE = "http://127.0.0.1:8000/ui"  # as `vista serve` has it where it is not told otherwise
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,8 @@ def run_demo(
     show.console.print(render_table(evaluations, best))
     report = write_report(evaluations, out / "report", best, title="VISTA demo")
     show.line(f"report: {report}")
+    show.command("serve", "--run", out / "vista", "--store", store, "--data", data.folder)
+    show.line(f"serves it; the page to look at users and their rankings is then {PAGE}")
     return Demo(report, store, runs)
 
 

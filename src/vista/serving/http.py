@@ -31,7 +31,7 @@ from vista.serving.requests import (
     recommend_ask,
     shown,
 )
-from vista.serving.service import Service
+from vista.serving.service import LOOK_TIMEOUT_S, Service
 from vista.serving.tensors import MODEL_NAME, answer_tensors, inputs_of, outputs_of, queries_of
 
 MAX_USERS_LISTED, MAX_EVENTS_SHOWN, MAX_EVENTS_OF_TOKEN = 100, 1000, 50  # in one answer
@@ -114,14 +114,16 @@ class Handlers:
 
     async def explain(self, request: Request) -> Response:
         ask = explain_ask(await self._body(request), self._service.limits)
-        found = await self._service.explain(ask, self._deadline_s(request))
+        found = await self._service.explain(ask, self._deadline_s(request, most_s=LOOK_TIMEOUT_S))
         _facts(request).update(num_candidates=len(ask.candidates), model_version=found.model.version)
         return json_response(looks.explained(found, ask))
 
     async def some_users(self, request: Request) -> Response:
         check_parameters(request.query_params, ("limit",))
         limit = read_number(request.query_params, "limit", 20, MAX_USERS_LISTED)
-        return json_response(looks.some_users(*await self._service.some_users(limit, self._deadline_s(request))))
+        return json_response(
+            looks.some_users(*await self._service.some_users(limit, self._deadline_s(request, most_s=LOOK_TIMEOUT_S)))
+        )
 
     async def history(self, request: Request) -> Response:
         given = request.query_params
@@ -129,17 +131,21 @@ class Handlers:
         limit = read_number(given, "limit", 100, MAX_EVENTS_SHOWN)
         before = read_number(given, "before", LARGEST_INTEGER, LARGEST_INTEGER)
         user = read_id(request.path_params["id"], "user")
-        model, known = await self._service.history(user, self._deadline_s(request))
+        model, known = await self._service.history(user, self._deadline_s(request, most_s=LOOK_TIMEOUT_S))
         return json_response(looks.history(model, known, user, limit, before))
 
     async def tokens(self, request: Request) -> Response:
         check_parameters(request.query_params, ("events",))
         number = read_number(request.query_params, "events", 5, MAX_EVENTS_OF_TOKEN)
         user = read_id(request.path_params["id"], "user")
-        return json_response(looks.tokens(await self._service.traced(user, self._deadline_s(request)), user, number))
+        return json_response(
+            looks.tokens(
+                await self._service.traced(user, self._deadline_s(request, most_s=LOOK_TIMEOUT_S)), user, number
+            )
+        )
 
     async def status(self, request: Request) -> Response:
-        found = await self._service.versions(self._deadline_s(request))
+        found = await self._service.versions(self._deadline_s(request, most_s=LOOK_TIMEOUT_S))
         return json_response(looks.status(self._service, *found))
 
     async def openapi(self, request: Request) -> Response:
@@ -187,14 +193,14 @@ class Handlers:
     def _check_version(self, request: Request) -> None:
         check_version(self._service, request.path_params.get("version", ""))
 
-    def _deadline_s(self, request: Request, timeout_s: float | None = None) -> float:
+    def _deadline_s(self, request: Request, timeout_s: float | None = None, most_s: float | None = None) -> float:
         """The sooner of what the header says, what the body says, and the limit. Raises RequestError."""
         text = request.headers.get(TIMEOUT_HEADER)
         if text is not None:
             if not (text.isascii() and text.isdecimal() and len(text) <= 12 and int(text)):
                 raise RequestError(f"{TIMEOUT_HEADER} is {shown(text)}; give milliseconds, an integer above 0")
             timeout_s = min(int(text) / 1000, float("inf") if timeout_s is None else timeout_s)
-        return self._service.deadline_s(timeout_s)
+        return self._service.deadline_s(timeout_s, most_s)
 
     async def _body(self, request: Request) -> bytes:
         """The body, unless it is too large: then it is not even read to its end. Raises RequestError."""

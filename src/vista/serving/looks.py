@@ -127,7 +127,8 @@ def _by_time(timestamp_us: np.ndarray) -> list[int]:
     """How many of the known events fall into each of NUM_STRETCHES equal stretches between the first and the last."""
     if not len(timestamp_us):
         return []
-    counts: list[int] = np.histogram(timestamp_us.astype(np.float64), NUM_STRETCHES)[0].tolist()
+    since_us = timestamp_us - timestamp_us[0]
+    counts: list[int] = np.bincount(since_us * NUM_STRETCHES // (since_us[-1] + 1), minlength=NUM_STRETCHES).tolist()
     return counts
 
 

@@ -160,8 +160,8 @@ def _looked() -> dict[str, Schema]:
         "Users": obj(model_version=TEXT, users=many(obj(user=ID, num_events=COUNT, as_of=MOMENT))),
         "History": obj(
             **head, num_missing=COUNT, note=note, first_at=MOMENT, last_at=MOMENT,
-            by_time=many(COUNT, "Known events in equal stretches of time between first_at and last_at."), next_before=OR_NULL_COUNT,
-            events=many(obj(**PLACED), "Newest first."),
+            by_time=many(COUNT, "Known events in equal stretches of time between first_at and last_at."),
+            next_before=OR_NULL_COUNT, events=many(obj(**PLACED), "Newest first."),
         ),
         "Tokens": obj(
             **head, num_summarized=said(COUNT, "Events that the tokens were read from."), num_traced=COUNT, note=note,

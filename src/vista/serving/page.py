@@ -9,8 +9,10 @@ import hashlib
 from functools import cache
 from importlib import resources
 
-from starlette.exceptions import HTTPException
 from starlette.responses import Response
+
+from vista.errors import RequestError
+from vista.serving.requests import shown
 
 KINDS = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 HEADERS = {
@@ -39,9 +41,9 @@ def files() -> dict[str, tuple[bytes, str, str]]:
 
 
 def page_file(name: str, tag_given: str) -> Response:
-    """A file of the page, or 304 where the browser has it. Raises HTTPException for one that is not there."""
+    """A file of the page, or 304 where the browser has it. Raises RequestError for one that is not there."""
     if name not in files():
-        raise HTTPException(404)
+        raise RequestError(f"the page has no file {shown(name)}; it begins at /ui", 404)
     content, kind, tag = files()[name]
     headers = HEADERS | {"etag": tag}
     if tag_given == tag:

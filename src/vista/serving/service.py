@@ -26,6 +26,7 @@ from vista.store.record import Stored, unpack
 from vista.store.versions import VersionInfo
 
 Found = TypeVar("Found")
+LOOK_TIMEOUT_S = 20.0  # for an answer to a person, who can wait for a whole history to be read
 MAX_LOOKS = 16  # requests of people that wait: more of them than look at a page, and few beside those who rank
 
 
@@ -86,10 +87,10 @@ class Service:
             return "the store is away"
         return ""
 
-    def deadline_s(self, timeout_s: float | None) -> float:
-        """When a request that came now is to be answered."""
-        wanted = self.limits.timeout_s if timeout_s is None else min(timeout_s, self.limits.timeout_s)
-        return time.monotonic() + wanted
+    def deadline_s(self, timeout_s: float | None, most_s: float | None = None) -> float:
+        """When a request that came now is to be answered. most_s: another limit than that of rankings."""
+        most_s = self.limits.timeout_s if most_s is None else most_s
+        return time.monotonic() + (most_s if timeout_s is None else min(timeout_s, most_s))
 
     # -- ranking
 

@@ -9,6 +9,8 @@ export class Refused extends Error {
 
 const TOKEN = "vista-token";
 const ASKED_MS = 30000;
+const BUSY = [429, 503, 504]; // asked once more, after a pause
+const PAUSE_MS = 1000;
 let asking = null;
 
 /** Ask the person for the token; whoever asks meanwhile waits for the same answer. */
@@ -35,7 +37,7 @@ export function parse(text) {
   return JSON.parse(exact);
 }
 
-async function request(path, options = {}) {
+async function request(path, options = {}, isAgain = false) {
   const sent = sessionStorage.getItem(TOKEN);
   const headers = sent ? { authorization: `Bearer ${sent}` } : {};
   let answer;
@@ -53,6 +55,10 @@ async function request(path, options = {}) {
     }
     return request(path, options);
   }
+  if (BUSY.includes(answer.status) && !isAgain) {
+    await new Promise((go) => setTimeout(go, PAUSE_MS));
+    return request(path, options, true);
+  }
   const text = await answer.text();
   if (answer.ok) return text;
   let message = `The server answered ${answer.status}.`;
@@ -67,7 +73,7 @@ const get = async (path) => parse(await request(path));
 const named = (user) => encodeURIComponent(user);
 
 export const api = {
-  users: () => get("v1/users?limit=40"),
+  users: () => get("v1/users?limit=48"),
   user: (user) => get(`v1/users/${named(user)}`),
   history: (user, limit, before) => get(`v1/history/${named(user)}?limit=${limit}${before === undefined ? "" : `&before=${before}`}`),
   tokens: (user) => get(`v1/tokens/${named(user)}?events=3`),

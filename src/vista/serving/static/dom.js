@@ -46,11 +46,13 @@ export const ago = (at) => (at === null ? "never" : `${duration(Math.max(0, (Dat
 
 /** "2024-05-01 10:30", in UTC as the server has it. */
 export const moment = (at) => (at === null ? "–" : at.slice(0, 16).replace("T", " "));
+/** The same as two words, between which alone a line may end. */
+export const momentWords = (at) => moment(at).split(" ").flatMap((word) => [el("span", { class: "word" }, word), " "]);
 export const day = (at) => (at === null ? "–" : at.slice(0, 10));
 
 /** The name of an item, and what the catalogue knows of it. */
 export function itemName(one) {
-  const features = Object.entries(one.features ?? {}).map(([name, value]) => `${name} ${value}`);
+  const features = Object.entries(one.features ?? {}).map(([name, value]) => (typeof value === "string" ? value : `${name} ${value}`));
   const id = one.item === null ? "item not in the catalogue" : String(one.item);
   return [el("span", { class: "name" }, id), features.length ? el("span", { class: "tag" }, ` ${features.join(" · ")}`) : null];
 }

@@ -21,7 +21,7 @@ function route() {
     if (link.dataset.view === view) link.setAttribute("aria-current", "page");
     else link.removeAttribute("aria-current");
   }
-  document.title = view === "operator" ? "Operator – VISTA" : at.user ? `${at.user} – VISTA` : "VISTA";
+  document.title = view === "operator" ? "Operator · VISTA" : at.user ? `${at.user} · VISTA` : "VISTA";
   leave = (view === "operator" ? operatorView(main) : userView(main, at)) ?? (() => {});
 }
 

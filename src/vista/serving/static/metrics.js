@@ -40,13 +40,13 @@ export function observed(before, after, name, wanted = {}) {
   });
 }
 
-/** The value below which a share of the observations lies, between the bounds of its bucket; null without any. */
+/** The value below which a share of the observations lies, between the bounds of its bucket; Infinity beyond the last bound, null without any. */
 export function quantile(buckets, share) {
   const all = buckets.reduce((sum, one) => sum + one.number, 0);
   if (!all) return null;
   let left = share * all, low = 0;
   for (const { le, number } of buckets) {
-    if (number >= left && number > 0) return le === Infinity ? low : low + (le - low) * (left / number);
+    if (number >= left && number > 0) return le === Infinity ? Infinity : low + (le - low) * (left / number);
     left -= number;
     low = le;
   }

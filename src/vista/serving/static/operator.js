@@ -1,7 +1,7 @@
 // The server: what it does each second, how long that takes, how fresh its answers are, and what the store holds.
 
 import { api } from "./api.js";
-import { lines } from "./chart.js";
+import { lines, roundUpSpan } from "./chart.js";
 import { bar, count, duration, el, latency, moment, percent } from "./dom.js";
 import { growth, observed, parseMetrics, quantile, total } from "./metrics.js";
 
@@ -10,6 +10,7 @@ const KEPT_S = 600;
 const WINDOW = 5; // readings that a rate or quantile is taken over
 const OWN = new Set(["page", "metrics", "status", "health", "metadata", "other"]); // of pages and probers, this one's too
 const isWork = (endpoint) => !OWN.has(endpoint);
+const LONGEST_S = 31557600; // the last bound of freshness: what is older is counted as older
 const samples = [];
 let endpoint = "";
 
@@ -63,14 +64,19 @@ function points(value) {
 const latest = (series) => series.at(-1)?.[1] ?? null;
 const spanS = () => (samples.at(-1).at - samples[0].at > 120 ? KEPT_S : 120);
 const rate = (name, wanted) => (before, after, seconds) => growth(before, after, name, wanted) / seconds;
-const below = (name, share, wanted) => (before, after) => quantile(observed(before, after, name, wanted), share);
+/** A quantile between two readings; beyond the last bound of the buckets it is shown at that bound. */
+const below = (name, share, wanted) => (before, after) => {
+  const buckets = observed(before, after, name, wanted);
+  const found = quantile(buckets, share);
+  return found === Infinity ? buckets.at(-2).le : found;
+};
 
 function liveParts(status) {
   const now = samples.at(-1).metrics;
   const used = [...new Set((now.vista_requests_total ?? []).map((one) => one.labels.endpoint))].filter(isWork).sort();
   if (!used.includes(endpoint)) endpoint = used.includes("rank") ? "rank" : used[0] ?? "rank";
   return [facts(status, now), el("div", { class: "charts" },
-    requestsChart(), latencyChart(used), stagesChart(), freshnessChart(), queueChart(now)), tables(now)];
+    requestsChart(), latencyChart(used), stagesChart(), freshnessChart(), eventsChart(), queueChart(now)), tables(now)];
 }
 
 function facts(status, now) {
@@ -86,15 +92,15 @@ function facts(status, now) {
     fact("Server errors", el("span", { class: failed ? "bad" : "" }, all ? percent(failed / all) : "–"), `${count(failed)} since the start`),
     fact("Waiting", count(total(now, "vista_queue_depth")), `${count(total(now, "vista_dropped_total"))} dropped`),
     fact("Users per batch", ranked ? (total(now, "vista_batch_users_sum") / ranked).toFixed(1) : "–", `${count(ranked)} batches`),
-    fact("Freshness", fresh === null ? "–" : `about ${duration(fresh)}`, "median age of the newest event known"),
+    fact("Freshness", fresh === null ? "–" : fresh === Infinity ? "over 1 y" : `about ${duration(fresh)}`, "median age of the newest event known"),
     fact("Model version", el("span", { class: "mono" }, status.model.version), `${count(total(now, "vista_switches_total"))} switches`)));
 }
 
-function chart(title, series, write, more) {
+function chart(title, series, write, more, up) {
   const said = series.map((one) => `${one.name} ${latest(one.points) === null ? "nothing yet" : write(latest(one.points))}`).join(", ");
   const span = spanS();
   return el("section", { class: "panel chart" }, el("header", {}, el("h2", {}, title), more),
-    lines(series, span, write, `${title}, the last ${duration(span)}; now: ${said}`),
+    lines(series, span, (value) => write(value).replace(" or more", ""), `${title}, the last ${duration(span)}; now: ${said}`, up),
     el("p", { class: "axis" }, el("span", {}, `${duration(span)} ago`), el("span", {}, "now")),
     el("ul", { class: "legend" }, series.map((one, number) => el("li", {}, el("i", { class: `line s${number}` }), one.name, " ",
       el("b", {}, latest(one.points) === null ? "–" : write(latest(one.points)))))));
@@ -129,7 +135,16 @@ function stagesChart() {
 
 function freshnessChart() {
   const of = (share) => points(below("vista_freshness_seconds", share));
-  return chart("Freshness of ranked users", [{ name: "median", points: of(0.5) }, { name: "95 %", points: of(0.95) }], duration);
+  return chart("Freshness of ranked users", [{ name: "median", points: of(0.5) }, { name: "95 %", points: of(0.95) }],
+    (seconds) => (seconds === LONGEST_S ? `${duration(seconds)} or more` : duration(seconds)), null, roundUpSpan);
+}
+
+function eventsChart() {
+  const refused = new Set(["too late", "bad clock"]);
+  const taken = (outcome) => outcome !== "duplicate" && !refused.has(outcome);
+  const of = (outcome) => points(rate("vista_events_total", { outcome }));
+  return chart("Events per second", [{ name: "taken", points: of(taken) }, { name: "duplicate", points: of("duplicate") },
+    { name: "refused", points: of((outcome) => refused.has(outcome)) }], (value) => value.toFixed(1));
 }
 
 function queueChart(now) {

@@ -2,10 +2,10 @@
 
 import { api } from "./api.js";
 import { bars, heat } from "./chart.js";
-import { ago, bar, count, day, duration, el, itemName, moment, percent, score, show } from "./dom.js";
+import { ago, bar, count, day, duration, el, itemName, moment, momentWords, percent, score, show } from "./dom.js";
 import { whyView } from "./why.js";
 
-const PAGE_EVENTS = 50;
+const PAGE_EVENTS = 20;
 const OLD_S = 30 * 86400;
 const asked = { k: 10, skipSeen: true, when: "" };
 
@@ -39,11 +39,11 @@ function findForm(user) {
 
 function someUsers() {
   const place = el("div");
-  const link = (one) => el("li", {}, el("a", { href: address(one.user) },
-    el("span", { class: "name" }, one.user), el("br"),
-    el("span", { class: "tag" }, `${count(one.num_events)} events, newest ${ago(one.as_of)}`)));
+  const link = (one) => el("li", {}, el("a", { href: address(one.user) }, el("span", { class: "name" }, one.user),
+    el("span", { class: "tag" }, `${count(one.num_events)} events`), el("span", { class: "tag" }, `newest ${ago(one.as_of)}`)));
+  const longestFirst = (users) => users.sort((a, b) => b.num_events - a.num_events);
   show(place, "users", api.users, ({ users }) => (users.length
-    ? el("ul", { class: "users" }, users.map(link))
+    ? el("ul", { class: "users" }, longestFirst(users).map(link))
     : el("p", { class: "note" }, "The store holds no user of this model version yet. Run vista summarize, or post events.")));
   return panel("Some users of the store", place);
 }
@@ -51,7 +51,7 @@ function someUsers() {
 function parts(user, item, known) {
   if (known === null) {
     return [
-      el("section", { class: "panel stack" }, el("h1", {}, user),
+      el("section", { class: "panel stack" }, el("h1", {}, el("span", { class: "tag" }, "User "), user),
         el("p", { class: "notice" }, "The store does not know this user. What follows is a cold start: the model's answer to an empty history.")),
       ranking(user, item, null, null),
     ];
@@ -65,7 +65,7 @@ function facts(user, known) {
   const fact = (name, value, more) => el("div", {}, el("dt", {}, name), el("dd", {}, value, more ? el("small", {}, more) : null));
   const { number, width, codec } = known.tokens;
   return el("section", { class: "panel stack" },
-    el("h1", {}, el("span", { class: "hidden-text" }, "User "), user),
+    el("h1", {}, el("span", { class: "tag" }, "User "), user),
     el("dl", { class: "facts" },
       fact("Events in the summary", count(known.num_events), `newest ${count(known.recent_events.length)} kept as they are`),
       fact("Newest event", ago(known.as_of), `${moment(known.as_of)} UTC`),
@@ -167,7 +167,7 @@ function memoryParts(found) {
   const label = `${found.tokens.length} summary tokens by ${found.num_bins} stretches of the history; on average ${percent(traced)} of a token can be traced.`;
   return [
     el("p", { class: "note" },
-      `One row per token, one column per ${found.num_bins}th of the ${count(found.num_summarized)} summarized events. Darker: the events of that stretch wrote more of the token.`),
+      `One row per token, token 1 on top, and one column per ${found.num_bins}th of the ${count(found.num_summarized)} summarized events. Darker: the events of that stretch wrote more of the token.`),
     el("figure", { class: "chart" }, heat(found.tokens.map((one) => one.by_bin), label),
       el("figcaption", { class: "axis" }, el("span", {}, "oldest event"), el("span", {}, "newest closed segment"))),
     el("p", {}, el("b", {}, percent(traced)), " of the average token can be traced to events; ",
@@ -189,6 +189,7 @@ function historyPanel(user) {
 function historyParts(user, found) {
   if (!found.events.length) return el("p", { class: "note" }, "No event yet.");
   const shown = count(found.num_events - found.num_missing);
+  const spanS = (Date.parse(found.last_at) - Date.parse(found.first_at)) / 1000;
   const body = el("tbody", {}, found.events.map(eventRow));
   const more = el("div", { class: "options" });
   offerMore(user, found, body, more);
@@ -196,7 +197,7 @@ function historyParts(user, found) {
     el("figure", { class: "chart" },
       bars(found.by_time, `${shown} events from ${day(found.first_at)} to ${day(found.last_at)}, by time`),
       el("figcaption", { class: "axis" }, el("span", {}, day(found.first_at)),
-        el("span", {}, `${shown} events over ${duration((Date.parse(found.last_at) - Date.parse(found.first_at)) / 1000)}`),
+        el("span", {}, `${shown} events over ${duration(spanS)}, at most ${count(Math.max(...found.by_time))} in ${duration(spanS / found.by_time.length)}`),
         el("span", {}, day(found.last_at)))),
     found.num_missing ? el("p", { class: "notice" }, `${count(found.num_missing)} older events are not shown. ${found.note}`) : null,
     el("div", { class: "scroll" }, el("table", {},
@@ -207,7 +208,7 @@ function historyParts(user, found) {
 }
 
 const eventRow = (one) => el("tr", {},
-  el("td", { class: "num tag" }, count(one.place + 1)), el("td", { class: "when" }, moment(one.at)), el("td", {}, itemName(one)),
+  el("td", { class: "num tag" }, count(one.place + 1)), el("td", { class: "when" }, momentWords(one.at)), el("td", {}, itemName(one)),
   el("td", {}, one.action ?? "–"));
 
 function offerMore(user, found, body, place) {

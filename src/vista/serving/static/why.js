@@ -1,7 +1,7 @@
 // Why one candidate has its score: what the server's explanation of it says.
 
 import { bars } from "./chart.js";
-import { bar, count, duration, el, itemName, moment, percent, score, show } from "./dom.js";
+import { bar, count, day, duration, el, itemName, moment, percent, score, show } from "./dom.js";
 
 const NUM_SHOWN = 5;
 const SOURCES = { summary: "the summary", recent_events: "recent events", counts: "exact counts" };
@@ -18,8 +18,8 @@ export function whyView(one, found, tokens) {
   const { attention } = one;
   return [
     el("header", {}, el("h2", {}, "Why ", itemName(one)),
-      one.is_known ? null : el("p", { class: "note" }, "The catalogue does not know this item; it is scored as an unknown one.")),
-    part("Score", el("p", {}, found.tasks.map((task) => [el("b", {}, score(one.scores[task])), ` ${task} `]))),
+      el("p", { class: "legend" }, found.tasks.map((task) => el("span", {}, `${task} `, el("b", {}, score(one.scores[task])))))),
+    one.is_known ? null : el("p", { class: "note" }, "The catalogue does not know this item; it is scored as an unknown one."),
     part("Where the ranker looked", attentionSplit(attention)),
     part("The score without each source", withoutTable(one, found.tasks[0])),
     one.counted.length ? part("Exact counts", countedList(one.counted)) : null,
@@ -39,9 +39,9 @@ function attentionSplit(attention) {
 
 function withoutTable(one, task) {
   const rows = Object.entries(one.scores_without).map(([source, scores]) => {
-    const change = one.scores[task] - scores[task];
+    const change = Number(score(one.scores[task] - scores[task]));
     return el("tr", {}, el("td", {}, `without ${SOURCES[source] ?? source}`), el("td", { class: "num" }, score(scores[task])),
-      el("td", { class: "num" }, `${change >= 0 ? "+" : "−"}${score(Math.abs(change))}`));
+      el("td", { class: "num" }, `${change > 0 ? "+" : change < 0 ? "−" : ""}${score(Math.abs(change))}`));
   });
   return el("table", {}, el("thead", {}, el("tr", {}, el("th", { scope: "col" }, el("span", { class: "hidden-text" }, "Source left out")),
     el("th", { class: "num", scope: "col" }, "score"), el("th", { class: "num", scope: "col" }, "it brings"))), el("tbody", {}, rows));
@@ -61,7 +61,7 @@ function recentList(weights, events) {
 }
 
 const eventLine = (event, share) => el("li", {}, el("span", {}, itemName(event), event.action === null ? null : el("span", { class: "tag" }, ` · ${event.action}`)),
-  el("span", { class: "tag" }, moment(event.at)), el("span", { class: "num" }, percent(share)));
+  el("span", { class: "tag word", title: `${moment(event.at)} UTC` }, day(event.at)), el("span", { class: "num" }, percent(share)));
 
 function tokenPart(weights, tokens) {
   const place = el("div", { class: "stack tight" });

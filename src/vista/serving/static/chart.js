@@ -41,14 +41,15 @@ export function roundUp(value) {
 }
 
 const S = 1, MIN = 60, H = 3600, D = 86400, Y = 31557600;
-const SPANS = [1 * S, 2 * S, 10 * S, 30 * S, MIN, 2 * MIN, 10 * MIN, 30 * MIN, H, 2 * H, 6 * H, 12 * H, D, 2 * D, 7 * D, 14 * D, 30 * D, 90 * D, 180 * D, Y, 2 * Y];
+const SPANS = [S, 2 * S, 10 * S, 30 * S, MIN, 2 * MIN, 10 * MIN, 30 * MIN, H, 2 * H, 6 * H, 12 * H, D, 2 * D, 7 * D, 14 * D, 30 * D,
+  90 * D, 180 * D, Y, 2 * Y];
 
 /** A round duration at or above some seconds. */
 export const roundUpSpan = (seconds) => SPANS.find((span) => span >= seconds) ?? roundUp(seconds / Y) * Y;
 
 /** Lines over the last `spanS` seconds. series: [{ points: [[age in s, value or null]] }]; write: a value as text; up: to a round value. */
-export function lines(series, spanS, write, label, up = roundUp) {
-  const width = 480, left = 58, right = 6, top = 8, bottom = 6;
+export function lines(series, spanS, room, write, label, up = roundUp) {
+  const width = Math.max(room, 240), left = 58, right = 6, top = 8, bottom = 6;
   const values = series.flatMap((one) => one.points.map(([, value]) => value)).filter((value) => value !== null);
   const most = up(Math.max(...values, 0));
   const x = (age) => left + (1 - age / spanS) * (width - left - right);

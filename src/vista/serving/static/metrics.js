@@ -40,7 +40,7 @@ export function observed(before, after, name, wanted = {}) {
   });
 }
 
-/** The value below which a share of the observations lies, between the bounds of its bucket; Infinity beyond the last bound, null without any. */
+/** The value below which a share of the observations lies, between its bucket's bounds; Infinity beyond the last, null without any. */
 export function quantile(buckets, share) {
   const all = buckets.reduce((sum, one) => sum + one.number, 0);
   if (!all) return null;

@@ -52,7 +52,8 @@ function parts(user, item, known) {
   if (known === null) {
     return [
       el("section", { class: "panel stack" }, el("h1", {}, el("span", { class: "tag" }, "User "), user),
-        el("p", { class: "notice" }, "The store does not know this user. What follows is a cold start: the model's answer to an empty history.")),
+        el("p", { class: "notice" },
+          "The store does not know this user. What follows is a cold start: the model's answer to an empty history.")),
       ranking(user, item, null, null),
     ];
   }
@@ -77,13 +78,14 @@ function facts(user, known) {
 
 function ranking(user, item, known, tokens) {
   const list = el("div");
-  const why = el("div", { class: "panel stack why", "aria-live": "polite" });
+  const why = el("section", { class: "panel stack why", "aria-label": "Why" });
   const newest = known?.as_of ?? null;
   const isOld = newest !== null && (Date.now() - Date.parse(newest)) / 1000 > OLD_S;
   const when = asked.when || (isOld ? "newest" : "now");
   const load = () => {
     why.replaceChildren(el("p", { class: "note" }, "Choose an item to see why it has its score."));
-    show(list, "recommendations", () => ranked(user, item, moments(choice.value, newest)), (found) => rankingList(user, item, found, why, tokens));
+    show(list, "recommendations", () => ranked(user, item, moments(choice.value, newest)),
+      (found) => rankingList(user, item, found, why, tokens));
   };
   const choice = el("select", { id: "when", onchange: () => { asked.when = choice.value; load(); } },
     el("option", { value: "now" }, "now"),
@@ -121,7 +123,8 @@ function rankingList(user, item, found, why, tokens) {
   if (!found.candidates.length) return el("p", { class: "note" }, "No item is left to recommend.");
   const task = found.tasks[0];
   const most = Math.max(...found.candidates.map((one) => one.scores[task]));
-  const buttons = found.candidates.map((one, number) => el("button", { type: "button", "aria-pressed": "false", onclick: () => choose(number) },
+  const press = (number) => ({ type: "button", "aria-pressed": "false", onclick: () => choose(number) });
+  const buttons = found.candidates.map((one, number) => el("button", press(number),
     el("span", { class: "place" }, found.extra?.includes(one) ? "·" : number + 1),
     el("span", {}, itemName(one), found.extra?.includes(one) ? el("span", { class: "tag" }, " (asked for)") : null),
     el("span", { class: "num" }, score(one.scores[task])),
@@ -135,7 +138,8 @@ function rankingList(user, item, found, why, tokens) {
   }
   const first = found.candidates.findIndex((one) => String(one.item) === item);
   choose(Math.max(first, 0), false);
-  const scored = found.is_exact ? `All ${count(found.num_scored)} items were scored` : `A first stage chose ${count(found.num_scored)} items to score`;
+  const number = count(found.num_scored);
+  const scored = found.is_exact ? `All ${number} items were scored` : `A first stage chose ${number} items to score`;
   return [
     found.is_degraded ? el("p", { class: "notice" }, "The store is away: this is the answer to an empty history.") : null,
     el("ol", { class: "ranking" }, buttons.map((button) => el("li", {}, button))),
@@ -164,10 +168,12 @@ function memoryPanel(user, tokens) {
 function memoryParts(found) {
   if (found.why_not) return el("p", { class: "note" }, found.why_not);
   const traced = found.tokens.reduce((sum, one) => sum + one.traced, 0) / Math.max(found.tokens.length, 1);
-  const label = `${found.tokens.length} summary tokens by ${found.num_bins} stretches of the history; on average ${percent(traced)} of a token can be traced.`;
+  const label = `${found.tokens.length} summary tokens by ${found.num_bins} stretches of the history; on average ${percent(traced)} `
+    + "of a token can be traced.";
   return [
     el("p", { class: "note" },
-      `One row per token, token 1 on top, and one column per ${found.num_bins}th of the ${count(found.num_summarized)} summarized events. Darker: the events of that stretch wrote more of the token.`),
+      `One row per token, token 1 on top, and one column per ${found.num_bins}th of the ${count(found.num_summarized)} summarized `
+      + "events. The stronger the colour, the more of the token the events of that stretch wrote."),
     el("figure", { class: "chart" }, heat(found.tokens.map((one) => one.by_bin), label),
       el("figcaption", { class: "axis" }, el("span", {}, "oldest event"), el("span", {}, "newest closed segment"))),
     el("p", {}, el("b", {}, percent(traced)), " of the average token can be traced to events; ",
@@ -190,15 +196,16 @@ function historyParts(user, found) {
   if (!found.events.length) return el("p", { class: "note" }, "No event yet.");
   const shown = count(found.num_events - found.num_missing);
   const spanS = (Date.parse(found.last_at) - Date.parse(found.first_at)) / 1000;
+  const most = count(Math.max(...found.by_time));
   const body = el("tbody", {}, found.events.map(eventRow));
   const more = el("div", { class: "options" });
   offerMore(user, found, body, more);
   return [
     el("figure", { class: "chart" },
       bars(found.by_time, `${shown} events from ${day(found.first_at)} to ${day(found.last_at)}, by time`),
-      el("figcaption", { class: "axis" }, el("span", {}, day(found.first_at)),
-        el("span", {}, `${shown} events over ${duration(spanS)}, at most ${count(Math.max(...found.by_time))} in ${duration(spanS / found.by_time.length)}`),
-        el("span", {}, day(found.last_at)))),
+      el("figcaption", { class: "axis" }, el("span", { class: "word" }, day(found.first_at)),
+        el("span", {}, `${shown} events over ${duration(spanS)}, at most ${most} in ${duration(spanS / found.by_time.length)}`),
+        el("span", { class: "word" }, day(found.last_at)))),
     found.num_missing ? el("p", { class: "notice" }, `${count(found.num_missing)} older events are not shown. ${found.note}`) : null,
     el("div", { class: "scroll" }, el("table", {},
       el("thead", {}, el("tr", {}, el("th", { class: "num", scope: "col" }, "No."), el("th", { scope: "col" }, "Time (UTC)"),

@@ -24,16 +24,20 @@ export function whyView(one, found, tokens) {
     part("The score without each source", withoutTable(one, found.tasks[0])),
     one.counted.length ? part("Exact counts", countedList(one.counted)) : null,
     part("Recent events it looked at most", recentList(attention.recent_events, found.recent_events)),
-    attention.tokens.length && tokens ? part("Summary tokens it looked at most, and who wrote them", tokenPart(attention.tokens, tokens)) : null,
-    el("p", { class: "note" }, "Weights are those of the pass that gave the score, means over heads and blocks. They tell where the ranker looked; the scores without a source tell what difference it made."),
+    attention.tokens.length && tokens
+      ? part("Summary tokens it looked at most, and who wrote them", tokenPart(attention.tokens, tokens)) : null,
+    el("p", { class: "note" }, "Weights are those of the pass that gave the score, means over heads and blocks. They tell where the ranker "
+      + "looked; the scores without a source tell what difference it made."),
   ].filter(Boolean);
 }
 
 function attentionSplit(attention) {
-  const shares = [["summary tokens", sum(attention.tokens)], ["recent events", sum(attention.recent_events)], ["the item itself", attention.itself]];
+  const shares = [["summary tokens", sum(attention.tokens)], ["recent events", sum(attention.recent_events)],
+    ["the item itself", attention.itself]];
   return [
     el("div", { class: "split", "aria-hidden": "true" }, shares.map(([, share]) => bar(share))),
-    el("ul", { class: "legend" }, shares.map(([name, share], number) => el("li", {}, el("i", { class: `s${number}` }), name, " ", el("b", {}, percent(share))))),
+    el("ul", { class: "legend" }, shares.map(([name, share], number) =>
+      el("li", {}, el("i", { class: `s${number}` }), name, " ", el("b", {}, percent(share))))),
   ];
 }
 
@@ -60,7 +64,8 @@ function recentList(weights, events) {
   return el("ul", { class: "shares" }, best.map(([weight, place]) => eventLine(events[place], weight)));
 }
 
-const eventLine = (event, share) => el("li", {}, el("span", {}, itemName(event), event.action === null ? null : el("span", { class: "tag" }, ` · ${event.action}`)),
+const eventLine = (event, share) => el("li", {},
+  el("span", {}, itemName(event), event.action === null ? null : el("span", { class: "tag" }, ` · ${event.action}`)),
   el("span", { class: "tag word", title: `${moment(event.at)} UTC` }, day(event.at)), el("span", { class: "num" }, percent(share)));
 
 function tokenPart(weights, tokens) {
@@ -70,19 +75,22 @@ function tokenPart(weights, tokens) {
 }
 
 function tokenTraces(weights, found) {
-  const byBin = Array.from({ length: found.num_bins }, (_, bin) => sum(weights.map((weight, token) => weight * found.tokens[token].by_bin[bin])));
+  const ofBin = (bin) => sum(weights.map((weight, token) => weight * found.tokens[token].by_bin[bin]));
+  const byBin = Array.from({ length: found.num_bins }, (_, bin) => ofBin(bin));
   const reached = sum(byBin) / (sum(weights) || 1);
   return [
     el("figure", { class: "chart" },
       bars(byBin, `What was looked at through summary tokens, by place in the history; ${percent(reached)} of it can be traced`, 40),
-      el("figcaption", { class: "axis" }, el("span", {}, "oldest event"), el("span", {}, `${percent(reached)} traced`), el("span", {}, "newest"))),
+      el("figcaption", { class: "axis" },
+        el("span", {}, "oldest event"), el("span", {}, `${percent(reached)} traced`), el("span", {}, "newest"))),
     el("ul", { class: "traces" }, largest(weights, 3).map(([weight, number]) => tokenTrace(found.tokens[number], number, weight))),
   ];
 }
 
 function tokenTrace(token, number, weight) {
   return el("li", {},
-    el("p", { class: "head" }, el("span", {}, el("b", {}, `Token ${number + 1}`), el("span", { class: "tag" }, ` ${percent(token.traced)} of it traced`)),
+    el("p", { class: "head" },
+      el("span", {}, el("b", {}, `Token ${number + 1}`), el("span", { class: "tag" }, ` ${percent(token.traced)} of it traced`)),
       el("span", {}, percent(weight))),
     token.events.length
       ? el("ul", { class: "shares" }, token.events.map((event) => eventLine(event, event.share)))

@@ -11,7 +11,7 @@ import jsonschema
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.models.worlds import histories
@@ -20,6 +20,7 @@ from tests.serving.test_server import ANYTHING, AT, AT_US, NAMES, QUICK, Served,
 from vista.catalogue import Catalogue
 from vista.errors import StaleOutput
 from vista.schema import Manifest
+from vista.serving import looks
 from vista.serving.explain import explain
 from vista.serving.history import timeline, trace
 from vista.serving.http import Handlers
@@ -240,6 +241,19 @@ def test_tokens_over_http(tmp_path):
         assert [token["traced"] for token in whole["tokens"]] == pytest.approx([1] * 4, abs=1e-5)
 
 
+def test_a_model_without_a_summary_has_nothing_to_trace():
+    run = make_run(model="recent")
+    model = model_of(run)
+    record = model.scorer.state("anna")
+    found = looks.tokens(trace(model, record, timeline(model, record, None, "anna"), float("inf")), "anna", 3)
+    assert (found["tokens"], found["num_traced"]) == ([], 0)
+    assert "no summary tokens" in found["why_not"]
+    explained = explain(model, model.scorer.read(["anna"]), Asked(run.catalogue.encode([1, 2]), AT_US), False)
+    assert explained.on_tokens.shape == (2, 0)
+    np.testing.assert_allclose(explained.on_recent.sum(1) + explained.on_itself, 1, rtol=1e-5)
+    assert set(explained.without) == {"recent_events"}
+
+
 # -- users, status, what is refused
 
 
@@ -283,7 +297,7 @@ def test_any_json_to_explain_gets_an_answer_that_is_not_500(served, body):
     assert answer.status_code in (200, 400, 413), answer.text
 
 
-@QUICK
+@settings(QUICK, max_examples=20)
 @given(
     st.sampled_from(["history", "tokens", "users"]), st.text(max_size=12),
     st.dictionaries(st.sampled_from(["limit", "before", "events"]), st.text(max_size=6), max_size=2),

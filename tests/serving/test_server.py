@@ -554,6 +554,7 @@ def test_the_command_serves_until_it_is_told_to_end(tmp_path):
     ("words", "reason"),
     [
         (["--run", "no-run"], "no-run is not there"),
+        (["--data", "no-data"], "no-data"),
         (["--store", "no-store"], "there is no store"),
         (["--tls-cert", "cert.pem"], "belong together"),
         (["--token-file", "no-token"], "no token can be read"),

@@ -59,7 +59,6 @@ def serve(
 
     Ends on SIGTERM or Ctrl-C when the requests in flight have their answers. Needs the extra `serve`.
     """
-    from vista.data.histories import PreparedData
     from vista.errors import ConfigError
 
     try:
@@ -77,4 +76,9 @@ def serve(
         run, store, host, http_port, grpc_port, limits, watch_s, degrade, cache_users, cache_ttl_s, threads,
         drain_delay_s, token_file, tls_cert, tls_key, ui,
     )  # fmt: skip
-    run_server(options, None if data is None else PreparedData.open(data))
+    histories = None
+    if data is not None:
+        from vista.data.histories import PreparedData  # a server without it needs no data tooling
+
+        histories = PreparedData.open(data)
+    run_server(options, histories)

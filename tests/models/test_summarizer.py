@@ -8,13 +8,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.models.worlds import histories, slice_users, summarizer
+from vista.config import _CHOICES
 from vista.errors import ConfigError
 from vista.models.inputs import Events, Progress
 from vista.models.layers import join_heads, norm, split_heads
 from vista.models.summarizer import UserState
 from vista.ops.qla import qla, rms_norm
 
-KINDS = [(attention, memory) for attention in ("qla", "softmax") for memory in ("sum", "slots")]
+KINDS = [(attention, memory) for attention in ("qla", "softmax") for memory in _CHOICES["model.memory"]]
 # The same additions happen in the same order; a matrix product of another height may round its rows differently.
 TOLERANCE = {"rtol": 2e-5, "atol": 2e-5}
 

@@ -132,8 +132,8 @@ def fill_readout(readout: torch.Tensor, row: int, record: Record | Stored) -> No
     if own is None or own.shape != readout.shape[1:]:
         found = f"no {READOUT}" if own is None else f"a {READOUT} of shape {own.shape}"
         raise RecordError(
-            f"{found} in a record of a model whose candidates ask one of shape {tuple(readout.shape[1:])}; summarize "
-            "the user again"
+            f"user {record.user_key.decode(errors='replace')}: {found} in a record of a model whose candidates ask one "
+            f"of shape {tuple(readout.shape[1:])}; summarize the user again"
         )
     readout.numpy()[row] = own
 

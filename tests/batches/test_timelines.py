@@ -8,11 +8,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.models.worlds import NUM_ACTIONS, NUM_ITEMS, catalogue, model_config
 from vista.batches.timelines import Feed, MemoryCarry, TimelineWalk
-from vista.config import Config, TrainConfig
+from vista.config import Config, TrainConfig, resolve
 from vista.data.histories import Histories, Impressions
+from vista.errors import ConfigError
 from vista.models.batch import flatten, unflatten
 from vista.models.embeddings import ItemTables
 from vista.models.inputs import Events, ragged_arange
@@ -283,3 +286,22 @@ def test_reconstruction_windows_lie_before_their_border():
             assert set(windows.events.timestamp_us[windows.index[w]].tolist()) <= set(mine.tolist())
             seen += 1
     assert seen > 5
+
+
+@given(size=st.integers(1, 6), stale=st.integers(0, 3), spare=st.integers(-3, 2), window=st.integers(1, 4))
+@settings(max_examples=15, deadline=None)
+def test_no_event_is_in_neither_the_summary_nor_the_recent_events(size, stale, spare, window):
+    """What settings allow, training and evaluation keep to: recent events reach back to the border that is read."""
+    num_recent = size * (1 + stale) + spare
+    words = {"model.segment_events": size, "model.recent_events": num_recent, "train.max_stale_segments": stale}
+    if spare < 0:
+        with pytest.raises(ConfigError, match="must be above 0" if num_recent < 1 else "in neither the summary nor"):
+            resolve("tiny", overrides=words)
+        return
+    config = resolve("tiny", overrides=words | {"train.window_segments": window, "train.reconstruction_events": 1})
+    for train in (True, False):
+        for step in TimelineWalk(Feed(*world(), config, train=train)):
+            requests = step.batch.requests
+            in_summary = step.batch.borders.progress.num_events[requests.summary]
+            assert (in_summary + (requests.recent >= 0).sum(1) >= requests.num_known).all()
+            assert (in_summary <= requests.num_known).all()

@@ -30,11 +30,9 @@ AT_US = 2_000_000_000_000_000
 CONTEXT = (ContextColumn("price", "number", 10.0, 2.0),)
 
 
-def make_run(
-    context: tuple[ContextColumn, ...] = (), version: str = VERSION, seed: int = 0, sketch_slots: int = 0
-) -> Run:
+def make_run(context: tuple[ContextColumn, ...] = (), version: str = VERSION, seed: int = 0, **changes: object) -> Run:
     """A run with random weights, none of them zero."""
-    config, items = model_config(sketch_slots=sketch_slots, popularity_days=0), catalogue()
+    config, items = model_config(popularity_days=0, **changes), catalogue()
     torch.manual_seed(seed)
     model = make_model(config, ItemTables.of(items), NUM_ACTIONS, 2, context, 0).eval()
     with torch.no_grad():
@@ -103,6 +101,33 @@ def test_a_sketch_is_stored_with_the_tokens(store, slots):
         without = model.rank_users(tokens, *facts, sketch=model.init_sketch(6)).sigmoid().numpy()
     np.testing.assert_allclose(np.stack([ranking.probability for ranking in found]), expected, rtol=1e-5)
     assert np.abs(expected - without)[:5].max() > 0.001, "the sketch says something, or the test would show nothing"
+
+
+ASKED = [("slots", "ridge"), ("ridge", "ridge"), ("delta", "delta"), ("sum", "sum")]
+
+
+@pytest.mark.parametrize(("memory", "asked"), ASKED)
+def test_what_candidates_ask_is_stored_with_the_tokens(store, memory, asked):
+    """Scores from the store are those of the state itself, and a cold start's those of an empty memory."""
+    run = make_run(memory=memory, candidate_memory=asked)
+    model, items = run.sequence_model, [0, 5, 11, 39]
+    put(store, records(run), "float32")
+    found = Scorer(run, store).rank([*USERS, "nobody"], [items] * 6, AT_US)
+    with torch.no_grad():
+        state = model.extend(model.init_state(6), histories([*LENGTHS, 0]))
+        candidate = torch.from_numpy(run.catalogue.encode(items).astype(np.int64)).expand(6, -1)
+        facts = (state.recent, state.progress.num_events, torch.full((6,), AT_US), candidate)
+        tokens, empty = model.state_tokens(state), model.state_readout(model.init_state(6))
+        expected = model.rank_users(tokens, *facts, readout=model.state_readout(state)).sigmoid().numpy()
+        without = model.rank_users(tokens, *facts, readout=empty).sigmoid().numpy()
+    np.testing.assert_allclose(np.stack([ranking.probability for ranking in found]), expected, rtol=1e-5)
+    assert np.abs(expected - without)[0].max() > 0.001, "the memory says something, or the test would show nothing"
+
+
+def test_a_record_without_what_candidates_ask_is_refused(store):
+    put(store, records(RUN))
+    with pytest.raises(RecordError, match="user s:anna: no readout in a record of a model whose candidates ask"):
+        Scorer(make_run(candidate_memory="ridge"), store).read(["anna"])
 
 
 def test_a_record_without_the_sketch_a_model_needs_is_refused(store):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vista.ops.delta import CHUNK_EVENTS, ask_delta, delta_naive, delta_parts, merge_delta
+from vista.ops.delta import ask_delta, delta_naive, delta_parts, merge_delta
 from vista.ops.ridge import ask_ridge, ridge_parts, ridge_read_naive, ridge_readout, unit
 
 HEADS, WIDTH, QUERIES = 2, 5, 3
@@ -23,10 +23,10 @@ def rows(num_events: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def gates(num_events: int) -> tuple[Tensor, Tensor]:
-    """Steps and logarithms of shares (1, H, N): some events correct nothing, some forget nearly everything."""
+    """Steps and logarithms of shares (1, H, N): some events correct nothing, some forget nothing."""
     generator = torch.Generator().manual_seed(5)
     step = torch.rand(1, HEADS, num_events, generator=generator, dtype=torch.float64)
-    log_share = -10 * torch.rand(1, HEADS, num_events, generator=generator, dtype=torch.float64) ** 8
+    log_share = -(torch.rand(1, HEADS, num_events, generator=generator, dtype=torch.float64) ** 8)
     step[..., ::7], log_share[..., ::5] = 0, 0
     return step.requires_grad_(), log_share.requires_grad_()
 
@@ -64,14 +64,17 @@ def test_repetition_does_not_drown_a_rare_event() -> None:
     torch.testing.assert_close(mass[0, 0, :3].exp(), torch.tensor([1e6, 2.0, 1.0]), rtol=2e-3, atol=0)
 
 
-@pytest.mark.parametrize("num_events", [1, 3, CHUNK_EVENTS, 2 * CHUNK_EVENTS + 5])
-def test_delta_is_its_definition(num_events: int) -> None:
+@pytest.mark.parametrize("chunk_events", [1, 4, 64])
+@pytest.mark.parametrize("num_events", [1, 4, 14])
+def test_delta_is_its_definition(num_events: int, chunk_events: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vista.ops.delta.CHUNK_EVENTS", chunk_events)
     _, k, v = rows(num_events)
     inputs = (k, v, *gates(num_events))
     start = torch.randn(1, HEADS, WIDTH, WIDTH, dtype=torch.float64)
     found = merge_delta(start, delta_parts(*inputs, all_valid(k)))
     expected = torch.stack([delta_naive(*(t[0, h] for t in inputs), start[0, h]) for h in range(HEADS)])[None]
     torch.testing.assert_close(found, expected)
+    assert not torch.allclose(found, delta_parts(*inputs, all_valid(k))[1], atol=1e-3), "what was there is still felt"
     weight = torch.randn(WIDTH, WIDTH, dtype=torch.float64)
     for one, other in zip(*(torch.autograd.grad((t * weight).sum(), inputs) for t in (found, expected)), strict=True):
         torch.testing.assert_close(one, other)

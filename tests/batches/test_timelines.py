@@ -94,7 +94,7 @@ def alone(model: SequenceModel, feed: Feed, request: int, stale_segments: int = 
         torch.from_numpy(shown.timestamp_us[request : request + 1]),
         torch.from_numpy(shown.item[rows].astype(np.int64))[None],
         torch.from_numpy(shown.context[rows])[None],
-        readout=model.state_readout(at_border),
+        readout=model.state_readout(at_border) if model.config.has_candidate_memory else None,
     )[0]
 
 

@@ -27,7 +27,12 @@ class ModelConfig:
     attention: str = (
         "qla"  # how events attend to events: qla, or softmax (within the segment; over all with scope full)
     )
-    memory: str = "slots"  # what seeds read: sum (the paper's phi(K)^T V) or slots (running softmax per seed)
+    memory: str = (
+        "slots"  # what seeds read: slots (running softmax per seed), sum (the paper's phi(K)^T V), ridge or delta
+    )
+    candidate_memory: str = (
+        "none"  # what candidates ask directly, beside the tokens: none, sum, ridge or delta (of the first layer)
+    )
     scope: str = (
         "segment"  # segment: segment-causal, streams; full: the paper's operator over all events (S = infinity)
     )
@@ -64,6 +69,11 @@ class ModelConfig:
     def has_sketch(self) -> bool:
         """Whether the state holds exact counts beside the memory."""
         return self.kind == "vista" and self.num_seeds > 0 and self.scope != "full" and self.sketch_slots > 0
+
+    @property
+    def has_candidate_memory(self) -> bool:
+        """Whether candidates ask a memory directly, beside the tokens."""
+        return self.kind == "vista" and self.num_seeds > 0 and self.scope != "full" and self.candidate_memory != "none"
 
     @property
     def has_popularity(self) -> bool:
@@ -138,7 +148,8 @@ _CHOICES = {
     "model.model": (*MODELS, *(name + WITH_COUNTS for name in MODELS if name != "counts")),
     "model.search": ("hard", "soft"),
     "model.attention": ("qla", "softmax"),
-    "model.memory": ("sum", "slots"),
+    "model.memory": ("sum", "slots", "ridge", "delta"),
+    "model.candidate_memory": ("none", "sum", "ridge", "delta"),
     "model.scope": ("segment", "full"),
     "train.precision": ("float32", "bfloat16"),
 }

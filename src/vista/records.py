@@ -22,6 +22,7 @@ from vista.models.summarizer import UserState
 from vista.models.vista import SequenceModel
 from vista.store.record import Record, Stored, user_key
 
+READOUT = "readout"  # the array of what candidates ask
 SKETCH_ARRAYS = ("sketch_slot", "sketch_entries", "sketch_decayed", "sketch_clock")
 RECENT_TYPES = {"item": np.int32, "action": np.int16, "timestamp_us": np.int64, "gap_us": np.int64}
 
@@ -44,12 +45,13 @@ def tokens_records(
             for one, user_id in zip(each, user_ids, strict=True)
             for record in tokens_records(model, one, [user_id], version)
         ]
-    tokens = model.state_tokens(state).float().numpy()
+    tokens, readout = model.state_tokens(state).float().numpy(), model.state_readout(state)
     sketch = _sketch_of(model, state)
     newest = model.config.recent_events
     records = []
     for row, user in enumerate(user_ids):
         hot = {name: array[-newest:] for name, array in _recent_arrays(state, row).items()} | {"tokens": tokens[row]}
+        hot |= {} if readout is None else {READOUT: readout[row].float().numpy()}
         hot |= sketch_arrays(tuple(t[row] for t in sketch))
         records.append(Record("tokens", version, *_facts(state, row, user), hot))
     return records
@@ -122,6 +124,18 @@ def fill_recent(recent: Recent, row: int, record: Record | Stored) -> None:
         column = record.arrays[f"recent_{name}"]
         place = getattr(recent, name).numpy()[row]  # in place, and without a tensor per user and column
         place[len(place) - len(column) :] = column
+
+
+def fill_readout(readout: torch.Tensor, row: int, record: Record | Stored) -> None:
+    """Put what a record's candidates ask into one row of (B, H, E, columns). Raises RecordError where it has none."""
+    own = record.arrays.get(READOUT)
+    if own is None or own.shape != readout.shape[1:]:
+        found = f"no {READOUT}" if own is None else f"a {READOUT} of shape {own.shape}"
+        raise RecordError(
+            f"user {record.user_key.decode(errors='replace')}: {found} in a record of a model whose candidates ask one "
+            f"of shape {tuple(readout.shape[1:])}; summarize the user again"
+        )
+    readout.numpy()[row] = own
 
 
 def sketch_arrays(sketch: Running) -> dict[str, np.ndarray]:

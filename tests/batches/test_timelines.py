@@ -8,11 +8,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.models.worlds import NUM_ACTIONS, NUM_ITEMS, catalogue, model_config
 from vista.batches.timelines import Feed, MemoryCarry, TimelineWalk
-from vista.config import Config, TrainConfig
+from vista.config import Config, TrainConfig, resolve
 from vista.data.histories import Histories, Impressions
+from vista.errors import ConfigError
 from vista.models.batch import flatten, unflatten
 from vista.models.embeddings import ItemTables
 from vista.models.inputs import Events, ragged_arange
@@ -80,7 +83,8 @@ def alone(model: SequenceModel, feed: Feed, request: int, stale_segments: int = 
         return Events.from_log(*columns, torch.tensor([0, count]))
 
     assert model.summarizer is not None
-    tokens = model.summarizer.read(model.summarizer.extend(model.summarizer.init_state(1), events(border)))
+    at_border = model.summarizer.extend(model.summarizer.init_state(1), events(border))
+    tokens = model.summarizer.read(at_border)
     recent = model.summarizer.extend(model.summarizer.init_state(1), events(known)).recent
     rows = slice(int(shown.offsets[request]), int(shown.offsets[request + 1]))
     return model.rank_users(
@@ -90,6 +94,7 @@ def alone(model: SequenceModel, feed: Feed, request: int, stale_segments: int = 
         torch.from_numpy(shown.timestamp_us[request : request + 1]),
         torch.from_numpy(shown.item[rows].astype(np.int64))[None],
         torch.from_numpy(shown.context[rows])[None],
+        readout=model.state_readout(at_border) if model.config.has_candidate_memory else None,
     )[0]
 
 
@@ -112,7 +117,7 @@ def run(model: SequenceModel, feed: Feed, seed: int = 0) -> dict[int, torch.Tens
 @pytest.mark.parametrize("window_segments", [1, 3, 50])
 def test_every_request_scores_as_it_would_alone(requests_per_step, window_segments):
     feed = make_feed(requests_per_step=requests_per_step, window_segments=window_segments)
-    model = make_model(feed)
+    model = make_model(feed, candidate_memory="ridge" if window_segments == 3 else "none")
     with torch.no_grad():
         logits = run(model, feed)
         assert sorted(logits) == list(range(feed.impressions.num_impressions))
@@ -283,3 +288,22 @@ def test_reconstruction_windows_lie_before_their_border():
             assert set(windows.events.timestamp_us[windows.index[w]].tolist()) <= set(mine.tolist())
             seen += 1
     assert seen > 5
+
+
+@given(size=st.integers(1, 6), stale=st.integers(0, 3), spare=st.integers(-3, 2), window=st.integers(1, 4))
+@settings(max_examples=15, deadline=None)
+def test_no_event_is_in_neither_the_summary_nor_the_recent_events(size, stale, spare, window):
+    """What settings allow, training and evaluation keep to: recent events reach back to the border that is read."""
+    num_recent = size * (1 + stale) + spare
+    words = {"model.segment_events": size, "model.recent_events": num_recent, "train.max_stale_segments": stale}
+    if spare < 0:
+        with pytest.raises(ConfigError, match="must be above 0" if num_recent < 1 else "in neither the summary nor"):
+            resolve("tiny", overrides=words)
+        return
+    config = resolve("tiny", overrides=words | {"train.window_segments": window, "train.reconstruction_events": 1})
+    for train in (True, False):
+        for step in TimelineWalk(Feed(*world(), config, train=train)):
+            requests = step.batch.requests
+            in_summary = step.batch.borders.progress.num_events[requests.summary]
+            assert (in_summary + (requests.recent >= 0).sum(1) >= requests.num_known).all()
+            assert (in_summary <= requests.num_known).all()

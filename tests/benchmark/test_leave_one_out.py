@@ -193,6 +193,7 @@ def test_published_numbers_stand_beside_the_log_they_were_measured_on_alone():
         (["--set", "model.model=din"], "leave-one-out has sasrec"),
         (["--set", "train.temperature=0"], "must be above 0"),
         (["--set", "model.recent_events=8", "--models", "vista"], "below segment_events"),
+        (["--set", "model.candidate_memory=ridge", "--models", "vista"], "scores no candidates one by one"),
         (["--set", "model.sketch_slots=8"], "neither scope full nor a sketch"),
         (["--device", "tpu"], "--device 'tpu'"),
     ],

@@ -6,6 +6,7 @@ import json
 import random
 import signal
 import time
+import warnings
 from contextlib import suppress
 from pathlib import Path
 
@@ -16,17 +17,18 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from tests.jobs.stream_worker import start, stream
-from tests.updates.test_apply import NUM_ITEMS, RUN, SECOND, START_US, VERSION, S
-from vista.errors import ConfigError, SourceError, StoreError
+from tests.updates.test_apply import NUM_ITEMS, RUN, SECOND, START_US, VERSION, R, S
+from vista.errors import ConfigError, SourceError, StoreError, VistaWarning
 from vista.jobs.parse import NoEvent, event_of
 from vista.jobs.pending import Cadence
 from vista.jobs.sources.contract import open_source, partition_of
 from vista.jobs.sources.directory import DirectoryLog
+from vista.jobs.stream import Stream, StreamOptions
 from vista.jobs.stream_status import stream_status
 from vista.models.batch import flatten
 from vista.models.inputs import Events
 from vista.store.contract import open_store
-from vista.store.record import KINDS, user_key
+from vista.store.record import KINDS, unpack, user_key
 from vista.updates.stored import load_states
 
 
@@ -215,9 +217,56 @@ def test_tokens_wait_for_their_cadence_and_are_whole_in_the_end(tmp_path, dead):
     DirectoryLog(tmp_path / "log").append(events_of(9, 200, misorder=False))
     source = f"dir:{tmp_path / 'log'}"
     often = stream(source, f"memory:{tmp_path}1", dead, until_end=True, max_events=10)
-    seldom = stream(source, f"memory:{tmp_path}2", dead, until_end=True, max_events=10, cadence=Cadence(events=30))
+    with pytest.warns(VistaWarning, match="rankings know nothing of up to 9 of the newest events"):
+        seldom = stream(source, f"memory:{tmp_path}2", dead, until_end=True, max_events=10, cadence=Cadence(events=10))
     assert 5 <= seldom.num_refreshes < often.num_refreshes / 3
     assert contents(f"memory:{tmp_path}1") == contents(f"memory:{tmp_path}2")
+
+
+@given(every=st.integers(1, R - S + 2), max_events=st.integers(1, 30), seed=st.integers(0, 99))
+@settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck))
+def test_no_event_is_in_neither_tokens_nor_the_newest_events(tmp_path_factory, every, max_events, seed):
+    """After every commit: R events reach back to what the tokens have, and a record lacks what was said at most."""
+    folder = tmp_path_factory.mktemp("gap")
+    DirectoryLog(folder / "log").append(events_of(seed, 120, num_users=2))
+    options = StreamOptions(
+        folder / "dead", until_end=True, begin=True, quiet=True, max_events=max_events, cadence=Cadence(every)
+    )
+    unread = [0]
+    with open_source(f"dir:{folder / 'log'}") as log, open_store(f"memory:{folder}") as store:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", VistaWarning)
+            made = Stream(RUN, store, log, options)
+        commit = store.commit
+
+        def watched(writes, version):
+            commit(writes, version)
+            for key in (user_key(0), user_key(1)):
+                blobs = [store.get_many(kind, [key], version)[0] for kind in ("state", "tokens")]
+                known, in_record = (0 if blob is None else unpack(blob).num_events for blob in blobs)
+                assert known - in_record // S * S <= R
+                unread.append(known - in_record)
+
+        store.commit = watched
+        made.go()
+    assert max(unread) <= options.cadence.most_unread
+    assert max_events >= every or max(unread) > 0, "the cadence makes readers wait, or the test would show nothing"
+
+
+@pytest.mark.parametrize(
+    ("cadence", "most"),
+    [(Cadence(), 0), (Cadence(7), 6), (Cadence(7, 30), 6), (Cadence(None, 30), np.inf), (Cadence(None, 0), 0)],
+)
+def test_what_a_cadence_leaves_unread(cadence, most):
+    assert cadence.most_unread == most
+
+
+def test_a_cadence_that_recent_events_cannot_bridge_is_refused(tmp_path, dead):
+    DirectoryLog(tmp_path / "log").append(events_of(1, 5))
+    with pytest.raises(
+        ConfigError, match=r"up to 17 events old, more than the 16 recent events.*give events=10 at most"
+    ):
+        stream(f"dir:{tmp_path / 'log'}", f"memory:{tmp_path}", dead, cadence=Cadence(events=11))
 
 
 def test_a_stop_finishes_what_was_begun_and_the_next_one_goes_on(tmp_path, dead):
@@ -248,8 +297,6 @@ def _status(source: str, store: str):
 
 
 def test_a_partition_taken_over_is_given_up(tmp_path, dead):
-    from vista.jobs.stream import Stream, StreamOptions
-
     DirectoryLog(tmp_path / "log").append(events_of(11, 30))
     with open_source(f"dir:{tmp_path / 'log'}") as log, open_store(f"memory:{tmp_path}") as store:
         options = StreamOptions(dead_letters=dead, begin=True, until_end=True, quiet=True)

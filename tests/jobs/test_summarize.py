@@ -54,15 +54,20 @@ def offline_logits(run: Run, data: PreparedData, user: int, candidates: list[int
     items = torch.from_numpy(run.catalogue.encode(np.array(candidates)).astype(np.int64))[None]
     names, newest = state.recent.__dataclass_fields__, run.config.model.recent_events
     recent = replace(state.recent, **{name: getattr(state.recent, name)[:, -newest:] for name in names})
-    return model.rank_users(model.state_tokens(state), recent, state.progress.num_events, torch.tensor([at_us]), items)[
-        0
-    ]
+    facts = (recent, state.progress.num_events, torch.tensor([at_us]), items)
+    return model.rank_users(model.state_tokens(state), *facts, readout=model.state_readout(state))[0]
 
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"model__memory": "sum", "model__num_layers": 2}, {"model__model": "recent"}, {"model__scope": "full"}],
-    ids=["slots", "sum", "recent", "full"],
+    [
+        {},
+        {"model__memory": "sum", "model__num_layers": 2, "model__candidate_memory": "sum"},
+        {"model__memory": "ridge", "model__candidate_memory": "delta"},
+        {"model__model": "recent"},
+        {"model__scope": "full"},
+    ],
+    ids=["slots", "sum", "ridge", "recent", "full"],
 )
 def test_scores_from_the_store_equal_offline_scores(data, tmp_path, changes):
     run = make_run(data, tmp_path / "run", **changes)

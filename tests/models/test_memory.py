@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from vista.config import _CHOICES, ModelConfig
-from vista.models.memory import Memory, Running, make_memory
+from vista.models.memory import ASKABLE, AskableMemory, Memory, Running, make_memory
+from vista.ops.order import SegmentOrder
 
 USERS, SEGMENTS, SEGMENT = 2, 3, 8
 CONFIG = {"width": 12, "num_heads": 2, "num_seeds": 5}
@@ -53,7 +54,8 @@ def test_names_types_and_sizes_are_those_promised(memory):
     for name, start, now in zip(memory.names, empty, after, strict=True):
         assert start.shape[0] == USERS
         assert start.shape[1:] == now.shape[1:], f"{name} does not keep its size"
-        assert start.dtype == now.dtype == (torch.int8 if name.endswith("residue") else torch.float32)
+        assert start.dtype == now.dtype
+        assert now.dtype in ((torch.int8,) if name.endswith("residue") else (torch.float32, torch.float64))
 
 
 def test_an_empty_memory_can_be_read(memory):
@@ -99,3 +101,61 @@ def test_merge_leaves_what_it_was_given(memory):
     copy = [t.clone() for t in running]
     memory.merge(running, memory.parts(k[:, :, SEGMENT:], v[:, :, SEGMENT:], all_valid(k[:, :, SEGMENT:])))
     assert all(torch.equal(now, then) for now, then in zip(running, copy, strict=True))
+
+
+def test_a_scan_over_ragged_users_is_merge_after_merge(memory):
+    lengths = [3, 0, 2]
+    order = SegmentOrder.of(torch.tensor(lengths))
+    k, v = torch.randn(2, sum(lengths), HEADS, SEGMENT, HEAD_WIDTH, generator=torch.Generator().manual_seed(1))
+    after, last = memory.scan(order, memory.initial(len(lengths)), memory.parts(k, v, all_valid(k)))
+    for user, (first, count) in enumerate(zip(order.first.tolist(), lengths, strict=True)):
+        running = memory.initial(1)
+        for segment in range(first, first + count):
+            rows = slice(segment, segment + 1)
+            running = memory.merge(running, memory.parts(k[rows], v[rows], all_valid(k[rows])))
+            for found, expected in zip(after, running, strict=True):
+                torch.testing.assert_close(found[rows], expected)
+        for found, expected in zip(last, running, strict=True):
+            torch.testing.assert_close(found[user : user + 1], expected)
+
+
+def test_gradients_are_finite_whatever_the_keys(memory):
+    """Zero keys, equal ones, large ones, and a history of nothing."""
+    k, v = keys_and_values(3 * SEGMENT)
+    k[:, :, :SEGMENT], k[:, :, SEGMENT : 2 * SEGMENT], k[:, :, -1] = 0, k[:, :, :1], 1e4
+    k.requires_grad_()
+    v.requires_grad_()
+    whole = read(memory, fold(memory, k, v, SEGMENT), k.shape[2])
+    (whole.square().sum() + read(memory, memory.initial(1), 0).square().sum()).backward()
+    gradients = [t.grad for t in (k, v, *memory.parameters()) if t.grad is not None]  # type: ignore[attr-defined]
+    assert len(gradients) >= 2
+    assert all(torch.isfinite(gradient).all() for gradient in gradients)
+
+
+@pytest.fixture(params=sorted(ASKABLE))
+def askable(request) -> AskableMemory:
+    torch.manual_seed(3)
+    return ASKABLE[request.param](ModelConfig(**CONFIG))
+
+
+def test_a_readout_answers_with_what_was_stored_at_a_key(askable):
+    """Of some events with keys unlike one another, the key of one asks for its value more than for the others'."""
+    k = torch.eye(HEAD_WIDTH).expand(1, HEADS, -1, -1) * 2
+    v = torch.randn(1, HEADS, HEAD_WIDTH, HEAD_WIDTH, generator=torch.Generator().manual_seed(2))
+    answer, mass = askable.ask(askable.readout(fold(askable, k, v, 3)), k)
+    likeness = torch.nn.functional.cosine_similarity(answer[:, :, :, None], v[:, :, None], dim=-1)
+    assert torch.equal(likeness.argmax(-1), torch.arange(HEAD_WIDTH).expand(1, HEADS, -1))
+    assert (mass is not None) == askable.has_mass
+    assert mass is None or mass.shape == (1, HEAD_WIDTH, HEADS)
+
+
+def test_a_readout_is_of_fixed_size_and_users_do_not_meet(askable):
+    k, v = keys_and_values(2 * SEGMENT)
+    one, other = fold(askable, k, v, SEGMENT), fold(askable, v, k, SEGMENT)
+    both = tuple(torch.cat(tensors) for tensors in zip(one, other, strict=True))
+    q = torch.randn(2, HEADS, 4, HEAD_WIDTH)
+    together, _ = askable.ask(askable.readout(both), q)
+    for user, running in enumerate((one, other)):
+        readout = askable.readout(running)
+        assert readout.shape == askable.readout(askable.initial(1)).shape
+        torch.testing.assert_close(askable.ask(readout, q[user : user + 1])[0], together[user : user + 1])

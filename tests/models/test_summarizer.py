@@ -8,13 +8,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.models.worlds import histories, slice_users, summarizer
+from vista.config import _CHOICES
 from vista.errors import ConfigError
 from vista.models.inputs import Events, Progress
 from vista.models.layers import join_heads, norm, split_heads
 from vista.models.summarizer import UserState
 from vista.ops.qla import qla, rms_norm
 
-KINDS = [(attention, memory) for attention in ("qla", "softmax") for memory in ("sum", "slots")]
+KINDS = [
+    ("qla", "sum"), ("softmax", "sum"), ("qla", "slots"), ("softmax", "slots"), ("qla", "ridge"), ("softmax", "delta"),
+]  # fmt: skip
 # The same additions happen in the same order; a matrix product of another height may round its rows differently.
 TOLERANCE = {"rtol": 2e-5, "atol": 2e-5}
 
@@ -39,7 +42,7 @@ def cut_histories(draw):
 
 @pytest.mark.parametrize(("attention", "memory"), KINDS)
 @given(cut_histories())
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_stream_equals_batch_for_every_cut(attention, memory, case):
     lengths, cuts, seed = case
     model = summarizer(attention=attention, memory=memory)
@@ -77,6 +80,10 @@ def test_one_user_equals_many(attention, memory):
         for u, n in enumerate(lengths):
             alone = model(slice_users(events, [0] * 4, [n if v == u else 0 for v in range(4)]))[u]
             torch.testing.assert_close(together[u], alone, **TOLERANCE)
+
+
+def test_every_memory_is_among_them():
+    assert {memory for _, memory in KINDS} == set(_CHOICES["model.memory"])
 
 
 def test_slots_are_the_softmax_over_the_whole_history():

@@ -103,6 +103,33 @@ def test_a_sketch_is_stored_with_the_tokens(store, slots):
     assert np.abs(expected - without)[:5].max() > 0.001, "the sketch says something, or the test would show nothing"
 
 
+ASKED = [("slots", "ridge"), ("ridge", "ridge"), ("delta", "delta"), ("sum", "sum")]
+
+
+@pytest.mark.parametrize(("memory", "asked"), ASKED)
+def test_what_candidates_ask_is_stored_with_the_tokens(store, memory, asked):
+    """Scores from the store are those of the state itself, and a cold start's those of an empty memory."""
+    run = make_run(memory=memory, candidate_memory=asked)
+    model, items = run.sequence_model, [0, 5, 11, 39]
+    put(store, records(run), "float32")
+    found = Scorer(run, store).rank([*USERS, "nobody"], [items] * 6, AT_US)
+    with torch.no_grad():
+        state = model.extend(model.init_state(6), histories([*LENGTHS, 0]))
+        candidate = torch.from_numpy(run.catalogue.encode(items).astype(np.int64)).expand(6, -1)
+        facts = (state.recent, state.progress.num_events, torch.full((6,), AT_US), candidate)
+        tokens, empty = model.state_tokens(state), model.state_readout(model.init_state(6))
+        expected = model.rank_users(tokens, *facts, readout=model.state_readout(state)).sigmoid().numpy()
+        without = model.rank_users(tokens, *facts, readout=empty).sigmoid().numpy()
+    np.testing.assert_allclose(np.stack([ranking.probability for ranking in found]), expected, rtol=1e-5)
+    assert np.abs(expected - without)[0].max() > 0.001, "the memory says something, or the test would show nothing"
+
+
+def test_a_record_without_what_candidates_ask_is_refused(store):
+    put(store, records(RUN))
+    with pytest.raises(RecordError, match="user s:anna: no readout in a record of a model whose candidates ask"):
+        Scorer(make_run(candidate_memory="ridge"), store).read(["anna"])
+
+
 def test_a_record_without_the_sketch_a_model_needs_is_refused(store):
     put(store, records(RUN))
     with pytest.raises(RecordError, match="no sketch_slot in a record"):

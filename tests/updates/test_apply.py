@@ -73,6 +73,7 @@ def make_run(memory: str = "slots", attention: str = "qla", **changes: object) -
 
 RUNS = {kind: make_run(*kind) for kind in [("sum", "qla"), ("slots", "qla"), ("slots", "softmax")]}
 RUNS["sketch",] = make_run(sketch_slots=8, popularity_days=0)
+RUNS["delta", "ridge asked"] = make_run("delta", candidate_memory="ridge", num_layers=1)
 RUN = RUNS["slots", "qla"]
 
 
@@ -150,6 +151,7 @@ def check_equal_to_batch(run: Run, store: Any, log: Log) -> None:
         if model.sketch is not None:
             for mine, theirs in zip(found.memory[-1][0], expected.memory[-1][0], strict=True):
                 torch.testing.assert_close(mine, theirs, **(TOLERANCE if mine.is_floating_point() else EXACT))
+        readout = model.state_readout(expected)
         for include_open in (True, False):
             tokens = (model.summarizer.read(state, include_open) for state in (found, expected))
             torch.testing.assert_close(*tokens, **TOLERANCE)
@@ -158,6 +160,9 @@ def check_equal_to_batch(run: Run, store: Any, log: Log) -> None:
         torch.testing.assert_close(
             torch.from_numpy(stored.arrays["tokens"].copy()), model.state_tokens(expected)[0], **TOLERANCE
         )
+        assert (readout is None) == ("readout" not in stored.arrays)
+        if readout is not None:
+            torch.testing.assert_close(torch.from_numpy(stored.arrays["readout"].copy()), readout[0], **TOLERANCE)
 
 
 # -- the rule, over random logs

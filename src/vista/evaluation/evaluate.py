@@ -73,6 +73,7 @@ def model_name(run: Run) -> str:
     match model.kind:
         case "vista":
             what = f"{model.attention} {'full' if model.scope == 'full' else model.memory}"
+            what += f", candidates ask {model.candidate_memory}" if model.has_candidate_memory else ""
             what += f", sketch of {model.sketch_slots:,}" if model.has_sketch else ""
         case "recent":
             what = str(model.recent_events)

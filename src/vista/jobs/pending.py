@@ -28,6 +28,13 @@ class Cadence:
         if self.seconds is not None and not 0 <= self.seconds < 1e9:
             raise ConfigError(f"tokens after {self.seconds} seconds: give 0 or more")
 
+    @property
+    def most_unread(self) -> float:
+        """How many events of a user a stored tokens record may lack: at most, once a micro-batch is in."""
+        if self.seconds == 0:
+            return 0
+        return float("inf") if self.events is None else self.events - 1
+
     @classmethod
     def parse(cls, texts: list[str]) -> Cadence:
         """``events=100``, ``seconds=30``, or both, whichever comes first. Raises ConfigError."""

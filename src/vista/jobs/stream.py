@@ -11,6 +11,7 @@ import secrets
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,7 +21,8 @@ from typing import Any, TypeVar
 import numpy as np
 
 from vista.checkpoint import Run
-from vista.errors import ConfigError, RecordError, SourceError, StoreError
+from vista.config import ModelConfig
+from vista.errors import ConfigError, RecordError, SourceError, StoreError, VistaWarning
 from vista.jobs.dead_letters import DeadLetters
 from vista.jobs.deliver import IN_STATE, Block, Work, blocks, refresh, work_out
 from vista.jobs.parse import NoEvent, Parsed, event_of, parse
@@ -100,6 +102,7 @@ class Stream:
     def __init__(self, run: Run, store: SummaryStore, source: EventSource, options: StreamOptions) -> None:
         """Raises ConfigError, CheckpointError, SourceError or StoreError where this cannot be streamed."""
         check_model(run)
+        check_gap(run.config.model, options.cadence)
         self._run, self._store, self._source, self._options = run, store, source, options
         self.stop = threading.Event()
         self._log = options.log or source.name
@@ -402,6 +405,31 @@ class Stream:
             yield
         finally:
             server.close()
+
+
+def check_gap(model: ModelConfig, cadence: Cadence) -> None:
+    """Raise ConfigError where tokens may get older than the recent events reach back; warn where readers may wait.
+
+    Tokens are as of the newest border before they were written: a cadence of N events leaves up to N + S - 2 events out
+    of them, and R recent events must reach as far, or some would be in neither.
+    """
+    if cadence.events is not None and model.kind == "vista":
+        gap = cadence.events + model.segment_events - 2
+        if gap > model.recent_events:
+            most = model.recent_events - model.segment_events + 2
+            raise ConfigError(
+                f"--refresh-after events={cadence.events}: tokens would be up to {gap} events old, more than the "
+                f"{model.recent_events} recent events of this model, so that some events would be in neither; give "
+                f"events={most} at most, or train with recent_events of {gap} or more"
+            )
+    if cadence.most_unread > 0:
+        least = "any number of" if cadence.events is None else f"up to {cadence.most_unread:.0f}"
+        warnings.warn(
+            f"--refresh-after: between two writes of a user's tokens, rankings know nothing of {least} of the newest "
+            "events; events=1, the default, writes them with every micro-batch",
+            VistaWarning,
+            stacklevel=3,
+        )
 
 
 @contextmanager

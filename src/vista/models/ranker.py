@@ -4,7 +4,9 @@ Keys and values of tokens and recent events do not depend on the candidate: they
 cost C x (K + R), whatever the length of the history. The paper's stage 2 has the tokens and the candidate alone,
 because its stage 1 is refreshed with the candidate's request or within hours; ours has the recent events, to bridge
 the time since the tokens were read. Ours, too: the attention *mass* on tokens and on recent events (a log-sum-exp per
-head), added to what is read, because a softmax alone can tell what matched but not how much of it there was.
+head), added to what is read, because a softmax alone can tell what matched but not how much of it there was. And each
+candidate may ask a memory itself (`candidate_memory`), so that its answer does not have to pass through K tokens that
+were read without knowing who would ask.
 
 Shape letters: M summaries, K summary tokens, N event rows, R recent events, Q requests, C candidates, H heads, E head
 width, D width, X context columns, T tasks.
@@ -22,7 +24,8 @@ from vista.config import ModelConfig
 from vista.models.batch import Requests
 from vista.models.embeddings import GAP_BUCKETS, ContextEncoder, gap_bucket
 from vista.models.head import Head
-from vista.models.layers import GatedUnit, aligned, norm, split_heads
+from vista.models.layers import GatedUnit, aligned, join_heads, norm, split_heads
+from vista.models.memory import ASKABLE
 from vista.schema import ContextColumn
 
 POSITION_BUCKETS = 24  # floor(log2(1 + place from the newest)): enough for R of 16 million
@@ -89,10 +92,35 @@ def _log_mass(logits: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class UserCache:
-    """What is computed once per user: keys and values of tokens and of recent events, one pair per block."""
+    """What is computed once per user: keys and values of tokens and of recent events, one pair per block; and what
+    candidates ask, (M, H, E, columns), None where they ask nothing."""
 
     tokens: tuple[tuple[Tensor, Tensor], ...]
     recent: tuple[tuple[Tensor, Tensor], ...]
+    readout: Tensor | None = None
+
+
+class CandidateQuestion(nn.Module):
+    """What a memory answers to a candidate: what it read, how like the candidate that is, and the mass if there is one.
+
+    The likeness is the mean over a head of read x own value: an event of the very item had nearly that value.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.num_heads, self.memory = config.num_heads, ASKABLE[config.candidate_memory]
+        self.query, self.value, self.out = (aligned(config.width) for _ in range(3))
+        self.facts = nn.Linear((1 + self.memory.has_mass) * config.num_heads, config.width, bias=False)
+
+    def forward(self, candidate_x: Tensor, readout: Tensor) -> Tensor:
+        """candidate_x (Q, C, D) and readout (Q, H, E, columns) to what is added to the candidates, (Q, C, D)."""
+        h = norm(candidate_x)
+        q, own = (split_heads(p(h), self.num_heads) for p in (self.query, self.value))
+        read, mass = self.memory.ask(readout, q)
+        facts = (read * own).mean(-1).transpose(1, 2)
+        if mass is not None:
+            facts = torch.cat([facts, mass.to(facts.dtype)], -1)
+        return self.out(join_heads(read)) + self.facts(facts)
 
 
 class Ranker(nn.Module):
@@ -104,17 +132,18 @@ class Ranker(nn.Module):
         super().__init__()
         self.config = config
         self.blocks = nn.ModuleList(TargetAttention(config) for _ in range(config.ranker_layers))
+        self.question = CandidateQuestion(config) if config.has_candidate_memory else None
         encoder = ContextEncoder(context)
         self.target = nn.Parameter(0.1 * torch.randn(config.width))
         self.head = Head(config, encoder, config.width, num_tasks, num_counts)
 
-    def prepare(self, tokens: Tensor, event_x: Tensor) -> UserCache:
-        """Summary tokens (M, K, D) and event vectors (N, D), to their keys and values."""
+    def prepare(self, tokens: Tensor, event_x: Tensor, readout: Tensor | None = None) -> UserCache:
+        """Summary tokens (M, K, D) and event vectors (N, D), to their keys and values; readout as candidates ask it."""
         recent = []
         for block in self._blocks:
             k, v = block.keys_values(event_x)  # (H, N, E)
             recent.append((k.transpose(0, 1), v.transpose(0, 1)))  # rows first, to be gathered
-        return UserCache(tuple(block.keys_values(tokens) for block in self._blocks), tuple(recent))
+        return UserCache(tuple(block.keys_values(tokens) for block in self._blocks), tuple(recent), readout)
 
     def forward(
         self, cache: UserCache, requests: Requests, candidate_x: Tensor, seen: list[Tensor] | None = None
@@ -124,6 +153,9 @@ class Ranker(nn.Module):
         age = gap_bucket((requests.timestamp_us[:, None] - requests.recent_us).clamp(min=0))
         same = (requests.candidate[:, None, :, None] == requests.recent_item[:, None, None, :]).float()
         x = candidate_x + self.target
+        if self.question is not None:
+            assert cache.readout is not None
+            x = x + self.question(candidate_x, cache.readout[requests.summary])
         for block, tokens, recent in zip(self._blocks, cache.tokens, cache.recent, strict=True):
             bias = self._bias(block, age, is_absent) + same * block.same_item[:, None, None]
             k, v = (_gather(rows, index) for rows in recent)

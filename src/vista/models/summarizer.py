@@ -18,6 +18,7 @@ heads.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,15 @@ from vista.models.batch import LayerMemory, flatten, unflatten
 from vista.models.embeddings import EventEmbedding
 from vista.models.inputs import US_PER_S, Events, Progress, Recent, ragged_index
 from vista.models.layers import GatedUnit, aligned, join_heads, norm
-from vista.models.memory import SlotsMemory, SumMemory, make_memory, project_heads
+from vista.models.memory import (
+    ASKABLE,
+    AskableMemory,
+    Memory,
+    SlotsMemory,
+    SumMemory,
+    make_memory,
+    project_heads,
+)
 from vista.models.sketch import Sketch
 from vista.ops.order import SegmentOrder
 from vista.ops.qla import carried, qla, read_memory, rms_norm
@@ -70,7 +79,7 @@ class Segments:
 class SummarizerLayer(nn.Module):
     """x + mixer(norm x), then x + SGLU(norm x), for events and for seeds, with the same weights (paper: one source)."""
 
-    def __init__(self, config: ModelConfig, is_last: bool) -> None:
+    def __init__(self, config: ModelConfig, is_first: bool, is_last: bool) -> None:
         super().__init__()
         self.config = config
         full = config.scope == "full"
@@ -82,16 +91,29 @@ class SummarizerLayer(nn.Module):
         if not full and self.mixes_events and config.attention == "qla":
             self.mixer = reader if isinstance(reader, SumMemory) else SumMemory(config)
         # A ModuleList with the reader twice would double its parameters' names.
-        self.memories: list[SumMemory | SlotsMemory] = [m for m in (reader, self.mixer) if m is not None]
+        self.memories: list[Memory] = [m for m in (reader, self.mixer) if m is not None]
         if self.mixer is reader and reader is not None:
             self.memories = [reader]
-        needs_query = self.mixes_events or config.memory == "sum"
+        # Candidates ask the first layer: its keys are made of the events alone, as a candidate's question is.
+        self.asked: int | None = None  # its place among the memories
+        self.own_asked: nn.Module | None = None
+        if config.has_candidate_memory and is_first:
+            self._add_asked(ASKABLE[config.candidate_memory], config)
+        needs_query = self.mixes_events or not isinstance(reader, SlotsMemory)
         self.query = aligned(config.width) if needs_query else None
         self.key, self.value, self.out = (aligned(config.width) for _ in range(3))
-        self.mass = (
-            nn.Linear(config.num_heads, config.width, bias=False) if config.memory == "slots" and not full else None
-        )
+        has_mass = reader is not None and reader.has_mass
+        self.mass = nn.Linear(config.num_heads, config.width, bias=False) if has_mass else None
         self.unit = GatedUnit(config.width, config.expansion)
+
+    def _add_asked(self, kind: type[nn.Module], config: ModelConfig) -> None:
+        """Have a memory of this kind for candidates: one that is there anyway, or one of their own."""
+        is_kind = [isinstance(memory, kind) for memory in self.memories]
+        if not any(is_kind):
+            self.own_asked = kind(config)
+            self.memories.append(cast(Memory, self.own_asked))
+            is_kind.append(True)
+        self.asked = is_kind.index(True)
 
     def initial(self, num_users: int) -> LayerMemory:
         return tuple(memory.initial(num_users) for memory in self.memories)
@@ -141,6 +163,13 @@ class SummarizerLayer(nn.Module):
             return None
         return self.reader.shares(self._project(self.key, norm(x)), memory[0])
 
+    def readout(self, memory: LayerMemory) -> Tensor | None:
+        """What candidates ask, (B, H, E, columns), as `carried`; None where they ask nothing."""
+        if self.asked is None:
+            return None
+        asked = cast(AskableMemory, self.memories[self.asked])
+        return asked.readout(memory[self.asked]).to(carried(self.key.weight).dtype)
+
     def full(self, rows: Tensor) -> Tensor:
         """The paper's layer: events and seeds of one user as one source, (rows, D)."""
         h = norm(rows)
@@ -177,7 +206,7 @@ class Summarizer(nn.Module):
         if config.has_sketch:
             self.sketch = Sketch(config.sketch_slots, len(items.embedding_row), items.feature_sizes)
         last = config.num_layers - 1
-        self.layers = nn.ModuleList(SummarizerLayer(config, is_last=i == last) for i in range(config.num_layers))
+        self.layers = nn.ModuleList(SummarizerLayer(config, i == 0, i == last) for i in range(config.num_layers))
 
     # -- the whole history at once
 
@@ -195,7 +224,7 @@ class Summarizer(nn.Module):
             initial.append((self.sketch.initial(num_users),))
         memory = tuple(
             tuple(
-                tuple(t.to(device, dtype if t.is_floating_point() else t.dtype) for t in running)
+                tuple(t.to(device, dtype if t.dtype == torch.float32 else t.dtype) for t in running)
                 for running in layer_memory
             )
             for layer_memory in initial
@@ -296,6 +325,10 @@ class Summarizer(nn.Module):
         for layer, layer_memory in zip(self._layers, memory, strict=False):
             s = layer.read(s, layer_memory, progress.num_events)
         return norm(s)
+
+    def readout(self, memory: tuple[LayerMemory, ...]) -> Tensor | None:
+        """What candidates ask of M memories, (M, H, E, columns); None where they ask nothing."""
+        return self._layers[0].readout(memory[0])
 
     @property
     def _layers(self) -> list[SummarizerLayer]:

@@ -97,11 +97,12 @@ class SequenceModel(Model):
     def prepare(self, batch: TimelineBatch, memory: Memory) -> tuple[Prepared, Memory]:
         """Summary tokens at the batch's borders with all keys and values, and each lane's memory after the batch."""
         event_x = self.embed(batch.events)
-        tokens, sketch, last = self.summaries(batch, event_x, memory)
-        return Prepared(tokens, self.ranker.prepare(tokens, event_x), sketch), last
+        tokens, at_border, last = self.summaries(batch, event_x, memory)
+        sketch = at_border[-1][0] if self.sketch is not None else ()
+        return Prepared(tokens, self.ranker.prepare(tokens, event_x, self._readout(at_border)), sketch), last
 
-    def summaries(self, batch: TimelineBatch, event_x: Tensor, memory: Memory) -> tuple[Tensor, Running, Memory]:
-        """Summary tokens (M, K, D) and sketches at the batch's borders, and each lane's memory after the batch.
+    def summaries(self, batch: TimelineBatch, event_x: Tensor, memory: Memory) -> tuple[Tensor, Memory, Memory]:
+        """Summary tokens (M, K, D) and memories at the batch's borders, and each lane's memory after the batch.
 
         event_x (N, D): the vectors of the batch's events.
         """
@@ -114,8 +115,11 @@ class SequenceModel(Model):
         after, last = self.summarizer.fold(segments, order, memory)
         row = batch.borders.row
         at_border = _map(lambda before, later: torch.cat([before, later])[row], memory, after)
-        tokens = self.summarizer.read_memory(at_border, batch.borders.progress)
-        return tokens, at_border[-1][0] if self.sketch is not None else (), last
+        return self.summarizer.read_memory(at_border, batch.borders.progress), at_border, last
+
+    def _readout(self, memory: Memory) -> Tensor | None:
+        """What candidates ask of M memories, (M, H, E, columns); None where they ask nothing."""
+        return self.summarizer.readout(memory) if self.config.has_candidate_memory and self.summarizer else None
 
     def _full_summaries(self, batch: TimelineBatch, event_x: Tensor) -> Tensor:
         """The reference: each border reads its whole history, which the batch's events then begin with."""
@@ -157,23 +161,27 @@ class SequenceModel(Model):
         context: Tensor | None = None,
         sketch: Running = (),
         counts: Tensor | None = None,
+        readout: Tensor | None = None,
     ) -> Tensor:
         """Logits (B, C, T) of B users' candidates, as online ranking computes them.
 
         tokens (B, K, D), recent (B, R), num_known (B,) events known, timestamp_us (B,) of the request, candidate (B,
         C) item index, context (B, C, X) as prepared data has it, NaN where not given, or None, sketch (B, ...) where
-        the model has one, counts (B, C, F) popularity of the candidates where the model reads it. """  # fmt: skip
+        the model has one, counts (B, C, F) popularity of the candidates where the model reads it, readout
+        (B, H, E, columns) where candidates ask a memory. """  # fmt: skip
         user = torch.arange(len(candidate), device=candidate.device)
-        prepared = self.prepare_users(tokens, recent, sketch)
+        prepared = self.prepare_users(tokens, recent, sketch, readout)
         if context is None:
             num_columns = self.ranker.head.context.num_columns
             context = tokens.new_full((*candidate.shape, num_columns), torch.nan)
         return self.rank_rows(prepared, recent, num_known, timestamp_us, user, candidate, context, counts)
 
-    def prepare_users(self, tokens: Tensor, recent: Recent, sketch: Running = ()) -> Prepared:
+    def prepare_users(
+        self, tokens: Tensor, recent: Recent, sketch: Running = (), readout: Tensor | None = None
+    ) -> Prepared:
         """What ranking needs of B users and no candidate changes; arguments as of ``rank_users``."""
         event_x = self.embedding(*(c.flatten() for c in _columns(recent)))
-        return Prepared(tokens, self.ranker.prepare(tokens, event_x), sketch)
+        return Prepared(tokens, self.ranker.prepare(tokens, event_x, readout), sketch)
 
     def rank_rows(
         self,
@@ -237,6 +245,10 @@ class SequenceModel(Model):
     def init_sketch(self, num_users: int) -> Running:
         """The sketches (B, ...) of users without events; nothing where the model has none."""
         return self.sketch.initial(num_users) if self.sketch is not None else ()
+
+    def state_readout(self, state: UserState) -> Tensor | None:
+        """What candidates ask, (B, H, E, columns), as of the newest closed border; None where they ask nothing."""
+        return self._readout(state.memory)
 
     def empty_summary(self, num_users: int) -> Tensor:
         """Summary tokens (B, K, D) of users without any event: the answer for those a store does not know."""

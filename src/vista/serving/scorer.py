@@ -22,7 +22,7 @@ from vista.errors import RecordError, StoreError
 from vista.models.batch import Requests
 from vista.models.inputs import Recent
 from vista.models.memory import Running
-from vista.records import fill_recent, fill_sketch
+from vista.records import fill_readout, fill_recent, fill_sketch
 from vista.serving.cache import Decoded, TokenCache
 from vista.store.contract import SummaryStore
 from vista.store.record import Record, Stored, decode, decode_tokens, unpack, user_key
@@ -34,8 +34,8 @@ ROW_COST = 32  # of a row, in candidates: copies of its user's keys and values
 
 @dataclass(frozen=True)
 class UserSummaries:
-    """What the store holds of B users: tokens (B, K, D) float32, sketches (B, ...) where the model has them, recent
-    events (B, R), and how current they are.
+    """What the store holds of B users: tokens (B, K, D) float32, sketches (B, ...) and read-outs (B, H, E, columns)
+    where the model has them, recent events (B, R), and how current they are.
 
     num_events (B,) int64; as_of_us (B,) int64, -1 for a cold start; is_known (B,) bool.
     """
@@ -46,6 +46,7 @@ class UserSummaries:
     num_events: torch.Tensor
     as_of_us: torch.Tensor
     is_known: np.ndarray
+    readout: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ class Scorer:
         self._popularity = run.read_popularity()
         with torch.no_grad():
             self._empty = self.model.empty_summary(1)[0].clone()
+            self._empty_readout = self.model.state_readout(self.model.init_state(1))
         self._shape = tuple(self._empty.shape)
 
     @torch.no_grad()
@@ -88,12 +90,14 @@ class Scorer:
         found = self._find([user_key(user) for user in users], users)
         recent = Recent.empty(len(users), self.run.config.model.recent_events)
         sketch = self.model.init_sketch(len(users))
-        tokens = self._empty.expand(len(users), *self._shape).clone()
+        tokens, readout = self._empty.expand(len(users), *self._shape).clone(), self._cold_readout(len(users))
         num_events, as_of_us = [0] * len(users), [-1] * len(users)
         for row, (stored, own) in found.items():
             tokens.numpy()[row] = own
             if sketch:
                 fill_sketch(sketch, row, stored)
+            if readout is not None:
+                fill_readout(readout, row, stored)
             fill_recent(recent, row, stored)
             num_events[row], as_of_us[row] = stored.num_events, stored.as_of_us
         return UserSummaries(
@@ -103,6 +107,7 @@ class Scorer:
             torch.tensor(num_events, dtype=torch.int64),
             torch.tensor(as_of_us, dtype=torch.int64),
             np.array([row in found for row in range(len(users))], bool),
+            readout,
         )
 
     def cold(self, num_users: int) -> UserSummaries:
@@ -114,7 +119,13 @@ class Scorer:
             torch.zeros(num_users, dtype=torch.int64),
             torch.full((num_users,), -1),
             np.zeros(num_users, bool),
+            self._cold_readout(num_users),
         )
+
+    def _cold_readout(self, num_users: int) -> torch.Tensor | None:
+        """What candidates ask of users without events; a copy, to be filled."""
+        empty = self._empty_readout
+        return None if empty is None else empty.expand(num_users, *empty.shape[1:]).clone()
 
     def stored(self, user: Any) -> Stored | None:
         """The tokens record of one user, None where there is none. Raises StoreError as ``read``."""
@@ -178,7 +189,7 @@ class Scorer:
         width, as many per user as needed, so that users with few candidates do not pay for one with many.
         """
         rows = CandidateRows.of(asked, len(self.run.schema.context))
-        users = self.model.prepare_users(summaries.tokens, summaries.recent, summaries.sketch)
+        users = self.model.prepare_users(summaries.tokens, summaries.recent, summaries.sketch, summaries.readout)
         at_us = torch.tensor([one.at_us for one in asked], dtype=torch.int64)
         step = max(CANDIDATES_AT_ONCE // rows.width, 1)
         parts = []

@@ -82,6 +82,11 @@ class Entry:
             raise ConfigError(f"model.model = {model.model!r}: leave-one-out has {', '.join(ARCHITECTURES)}")
         if model.scope == "full" or model.sketch_slots:
             raise ConfigError("model.scope, model.sketch_slots: leave-one-out has neither scope full nor a sketch")
+        if model.candidate_memory != "none":
+            raise ConfigError(
+                f"model.candidate_memory = {model.candidate_memory!r}: leave-one-out scores no candidates one by one, "
+                "so nobody could ask; leave it at none"
+            )
         if model.kind == "vista" and model.recent_events < model.segment_events:
             raise ConfigError(
                 f"recent_events {model.recent_events} is below segment_events {model.segment_events}: some events "

@@ -74,6 +74,7 @@ def model_name(run: Run) -> str:
         case "vista":
             what = f"{model.attention} {'full' if model.scope == 'full' else model.memory}"
             what += f", sketch of {model.sketch_slots:,}" if model.has_sketch else ""
+            what += f" and {model.sketch_traces:,} traces" if model.has_sketch and model.sketch_traces else ""
         case "recent":
             what = str(model.recent_events)
         case "counts":

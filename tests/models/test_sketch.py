@@ -12,12 +12,14 @@ from hypothesis import strategies as st
 
 from tests.models.worlds import DAY_US, NUM_ITEMS, catalogue, histories, slice_users, summarizer
 from vista.data import counts
-from vista.errors import ConfigError
+from vista.errors import ConfigError, RecordError
 from vista.models.batch import Requests, flatten
 from vista.models.inputs import Events
 from vista.models.sketch import EPOCH_S, HALF_LIVES_S, NEVER_EVENTS, NEVER_S, Sketch
 from vista.models.summarizer import UserState
 from vista.models.traces import Traces
+from vista.records import fill_sketch, sketch_arrays
+from vista.store.record import Record
 
 S, R = 8, 16  # of tests.models.worlds.model_config
 FIRST = 5
@@ -248,6 +250,23 @@ def test_codes_are_halved_as_a_history_grows_and_stay_what_they_would_be():
             assert found.second[0].tolist() == [7 * m for m in newest]
             assert set(found.count[0].tolist()) == {255}  # and no more
     assert not words[1].any()
+
+
+def test_what_a_record_holds_of_a_sketch_with_traces_is_all_of_it():
+    events = histories([400, 37, 3, 0], seed=2)
+    model = summarizer(sketch_slots=FULL, sketch_traces=TRACES)
+    with torch.no_grad():
+        running = model.extend(model.init_state(4), events).memory[-1][0]
+        again = model.init_state(4).memory[-1][0]
+    for user in range(4):
+        arrays = sketch_arrays(tuple(t[user] for t in running))
+        assert len(arrays["sketch_words"]) == int((running[3][user] != 0).sum())
+        fill_sketch(again, user, Record("state", "0" * 16, b"i:7", 0, 0, arrays))
+    for before, after in zip(running, again, strict=True):
+        assert torch.equal(before, after)
+    without = sketch_arrays(tuple(t[0] for t in running[:3]))
+    with pytest.raises(RecordError, match="no sketch_traced in a record of a model with a sketch"):
+        fill_sketch(again, 0, Record("state", "0" * 16, b"i:7", 0, 0, without))
 
 
 @pytest.mark.parametrize(("slots", "items"), [(8, 40), (24, 65_536), (16, 100_000)])

@@ -52,6 +52,9 @@ def test_models_are_scored_on_worlds_of_other_lengths_without_training_again(out
     assert found.places == [120.0, 480.0]
     assert all(best is not None and best["auc"] == 1.0 for best in found.best)  # membership has no noise
     assert "480" in found.table("ne").header
+    assert found.metrics == ("ne", "auc", "rare_auc")
+    rare = found.table("rare_auc")
+    assert [row[0].text for row in rare.rows] == ["recent", "counts", "vista", "best possible"]
     assert plot_sweep(found).axes[0].get_xlabel() == "events"
 
 
@@ -61,7 +64,7 @@ def test_a_score_that_is_there_is_not_measured_again(out, monkeypatch):
     def refuse(*arguments: Any) -> None:
         raise AssertionError("measured again")
 
-    monkeypatch.setattr(vista.benchmark.axes, "evaluate", refuse)
+    monkeypatch.setattr(vista.benchmark.axes, "score_impressions", refuse)
     assert sweep(out, events=[120, 480]).scores == first.scores
 
 

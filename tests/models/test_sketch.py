@@ -146,17 +146,19 @@ def naive_table(events: Events, rows: list[int], num_buckets: int, ways: int, bu
     return {(k, *v) for table in tables for k, v in table.items()}, num_new
 
 
-def naive_traces(events: Events, rows: list[int], sketch: Sketch) -> tuple[dict[int, int], dict[int, tuple[int, int]]]:
-    """Closed segments, of a sketch whose items have one bucket: counts by key of the entries; count and segment of the
-    last meeting by key of the traces."""
+def naive_traces(
+    events: Events, rows: list[int], sketch: Sketch, size: int
+) -> tuple[dict[int, int], dict[int, tuple[int, int]]]:
+    """Closed segments of this size, of a sketch whose items have one bucket: counts by key of the entries; count and
+    segment of the last meeting by key of the traces."""
     traces = sketch.traces
     assert traces is not None
     entries: dict[int, list[int]] = {}
     buckets: list[list[tuple[int, int, int] | None]] = [[None] * 8 for _ in range(traces.num_buckets)]
     bucket_of = {key: int(traces._scramble(torch.tensor(key))[0]) for key in range(1, FIRST + NUM_ITEMS)}
-    for segment in range(len(rows) // S):
+    for segment in range(len(rows) // size):
         brought: dict[int, list[int]] = {}
-        for n in range(segment * S, segment * S + S):
+        for n in range(segment * size, segment * size + size):
             item = int(events.item[rows[n]])
             brought[item] = [brought.get(item, [0])[0] + 1, n + 1]
         new = [key for key in sorted(brought, key=lambda key: brought[key][1]) if key not in entries]
@@ -183,28 +185,35 @@ def naive_traces(events: Events, rows: list[int], sketch: Sketch) -> tuple[dict[
             mine = [key for key in leaving if bucket_of[key] == index][::-1]
             order = sorted(range(8), key=lambda slot: -1 if slots[slot] is None else slots[slot][2])  # type: ignore[index]
             for slot, key in zip(order, mine, strict=False):
-                slots[slot] = (key, leaving[key][0], (leaving[key][1] - 1) // S)
+                slots[slot] = (key, leaving[key][0], (leaving[key][1] - 1) // size)
     traced = {held[0]: held[1:] for slots in buckets for held in slots if held is not None}
     return {key: value[0] for key, value in entries.items()}, traced
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_traces_say_what_the_definition_in_loops_says(seed):
-    """Which items have one, how often they were met, and the segment of the last meeting."""
+@pytest.mark.parametrize(("seed", "size"), [(0, S), (1, S), (2, 2 * S)])
+def test_traces_say_what_the_definition_in_loops_says(seed, size):
+    """Which items have one, how often they were met, and the segment of the last meeting.
+
+    A segment of 2 S events brings more new items than the bucket has room for.
+    """
     events = histories([400, 37], seed)
-    sketch, state = state_of(events, FULL, TRACES)
+    model = summarizer(sketch_slots=FULL, sketch_traces=TRACES, segment_events=size, recent_events=2 * size)
+    sketch = model.sketch
+    assert sketch is not None
+    with torch.no_grad():
+        state = model.extend(model.init_state(2), events)
     entries, _, clock, words, marks = state.memory[-1][0]
     assert sketch.traces is not None
     for user in range(2):
         rows = list(range(int(events.offsets[user]), int(events.offsets[user + 1])))
-        counts, traced = naive_traces(events, rows, sketch)
+        counts, traced = naive_traces(events, rows, sketch, size)
         mine = entries[user, : sketch.levels[0].end]
         assert {key: count for key, count, *_ in mine[mine[:, 0] > 0].tolist()} == counts
         keys = sketch.traces.keys(words[user])
         assert set(keys.tolist()) == set(traced)
         found = sketch.traces.find((words, marks), clock[:, 0], torch.tensor([user]), keys[None])
         assert found.is_found.all()
-        ends = [(segment + 1) * S for _, segment in traced.values()]
+        ends = [(segment + 1) * size for _, segment in traced.values()]
         order = [keys.tolist().index(key) for key in traced]
         assert found.place[0, order].tolist() == ends
         assert found.count[0, order].tolist() == [count for count, _ in traced.values()]
@@ -253,7 +262,7 @@ def test_codes_are_halved_as_a_history_grows_and_stay_what_they_would_be():
 
 
 def test_what_a_record_holds_of_a_sketch_with_traces_is_all_of_it():
-    events = histories([400, 37, 3, 0], seed=2)
+    events = histories([400, 22, 3, 0], seed=2)
     model = summarizer(sketch_slots=FULL, sketch_traces=TRACES)
     with torch.no_grad():
         running = model.extend(model.init_state(4), events).memory[-1][0]

@@ -42,6 +42,7 @@ class ModelConfig:
     width: int = 64  # [D]
     num_heads: int = 4  # [H]; the head width E is width / num_heads
     sketch_slots: int = 0  # items the sketch has room for (exact counts beside the summary, per candidate); 0: none
+    sketch_traces: int = 0  # items beyond these of which the sketch keeps a trace of 4 bytes: count and rough age
     popularity_days: int = 30  # beside a sketch: days between two tables of how popular items are; 0: none
     recent_events: int = 128  # [R] newest raw events given to the ranker; at least the largest staleness in events
     history_events: int = 1024  # [R] newest raw events that models without a summary (docs/baselines.md) read
@@ -245,5 +246,5 @@ def _check(config: Config) -> None:
 _MAY_BE_ZERO = {
     "seed", "time_budget_s", "max_stale_segments", "weight_decay", "warmup_steps",
     "reconstruction_weight", "dropout", "num_seeds", "count_last_events", "sketch_slots",
-    "popularity_days",
+    "sketch_traces", "popularity_days",
 }  # fmt: skip

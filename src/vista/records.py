@@ -18,12 +18,14 @@ from vista.models.batch import flatten, unflatten
 from vista.models.borders import Border, KeptBorders
 from vista.models.inputs import Progress, Recent
 from vista.models.memory import Running
+from vista.models.sketch import Sketch
 from vista.models.summarizer import UserState
 from vista.models.vista import SequenceModel
 from vista.store.record import Record, Stored, user_key
 
 READOUT = "readout"  # the array of what candidates ask
 SKETCH_ARRAYS = ("sketch_slot", "sketch_entries", "sketch_decayed", "sketch_clock")
+TRACE_ARRAYS = ("sketch_traced", "sketch_words", "sketch_marks")  # beside them, where the sketch has traces
 RECENT_TYPES = {"item": np.int32, "action": np.int16, "timestamp_us": np.int64, "gap_us": np.int64}
 
 
@@ -139,24 +141,35 @@ def fill_readout(readout: torch.Tensor, row: int, record: Record | Stored) -> No
 
 
 def sketch_arrays(sketch: Running) -> dict[str, np.ndarray]:
-    """One user's sketch as a record holds it: the slots that have an entry, and the clock."""
+    """One user's sketch as a record holds it: the slots that have an entry, and the clock; the slots that have a trace
+    (a bit for each, nothing where none has one), these traces, and the marks made so far. """  # fmt: skip
     if not sketch:
         return {}
-    entries, decayed, clock = (t.numpy() for t in sketch)
+    entries, decayed, clock, *traces = (t.numpy() for t in sketch)
     slot = np.flatnonzero(entries[:, 0])
     values = (slot.astype(np.int32), entries[slot], decayed[slot].astype(np.float32), clock)
-    return dict(zip(SKETCH_ARRAYS, values, strict=True))
+    arrays = dict(zip(SKETCH_ARRAYS, values, strict=True))
+    if traces:
+        words, marks = traces
+        traced = np.packbits(words != 0) if words.any() else np.zeros(0, np.uint8)
+        arrays |= dict(zip(TRACE_ARRAYS, (traced, words[words != 0], np.trim_zeros(marks, "b")), strict=True))
+    return arrays
 
 
 def fill_sketch(sketch: Running, row: int, record: Record | Stored) -> None:
     """Put a record's sketch into one row of empty ones (B, ...). Raises RecordError where the record has none."""
-    missing = [name for name in SKETCH_ARRAYS if name not in record.arrays]
+    has_traces = len(sketch) > len(Sketch.names)
+    missing = [name for name in SKETCH_ARRAYS + TRACE_ARRAYS * has_traces if name not in record.arrays]
     if missing:
         raise RecordError(f"no {missing[0]} in a record of a model with a sketch; summarize the user again")
     slot, entries, decayed, clock = (record.arrays[name] for name in SKETCH_ARRAYS)
     for tensor, values in zip(sketch, (entries, decayed), strict=False):
         tensor.numpy()[row, slot] = values
     sketch[2].numpy()[row] = clock
+    if has_traces:
+        traced, words, marks = (record.arrays[name] for name in TRACE_ARRAYS)
+        sketch[3].numpy()[row, np.flatnonzero(np.unpackbits(traced))] = words
+        sketch[4].numpy()[row, : len(marks)] = marks
 
 
 BORDER_NUMBERS = ("num_events", "first_us", "last_us", "num_ties")  # stored as border_num_events and so on

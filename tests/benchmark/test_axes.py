@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -17,6 +18,9 @@ from vista.benchmark.configs import read_config
 from vista.benchmark.entries import choose
 from vista.benchmark.sets import Axis, worlds
 from vista.cli.main import app
+from vista.data.counts import last_met
+from vista.data.histories import PreparedData
+from vista.data.worlds import read_detail
 from vista.errors import ConfigError, StaleOutput
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "benchmark").glob("*.toml"))
@@ -52,7 +56,19 @@ def test_models_are_scored_on_worlds_of_other_lengths_without_training_again(out
     assert found.places == [120.0, 480.0]
     assert all(best is not None and best["auc"] == 1.0 for best in found.best)  # membership has no noise
     assert "480" in found.table("ne").header
+    assert found.metrics == ("ne", "auc", "rare_auc")
+    rare = found.table("rare_auc")
+    assert [row[0].text for row in rare.rows] == ["recent", "counts", "vista", "best possible"]
     assert plot_sweep(found).axes[0].get_xlabel() == "events"
+
+
+def test_details_of_a_world_stand_beside_the_impressions_they_are_of(out):
+    """The age that the world wrote is the distance that prepared data tells; what is not written is None."""
+    data = PreparedData.open(out / "membership" / "data")
+    found = read_detail(out / "membership" / "log", data, "test", "age_events")
+    np.testing.assert_array_equal(found, last_met(data.histories, data.impressions("test")))
+    assert len(np.unique(found)) > 10
+    assert read_detail(out / "membership" / "log", data, "test", "gap_events") is None
 
 
 def test_a_score_that_is_there_is_not_measured_again(out, monkeypatch):
@@ -61,7 +77,7 @@ def test_a_score_that_is_there_is_not_measured_again(out, monkeypatch):
     def refuse(*arguments: Any) -> None:
         raise AssertionError("measured again")
 
-    monkeypatch.setattr(vista.benchmark.axes, "evaluate", refuse)
+    monkeypatch.setattr(vista.benchmark.axes, "score_impressions", refuse)
     assert sweep(out, events=[120, 480]).scores == first.scores
 
 

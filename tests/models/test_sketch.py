@@ -12,22 +12,27 @@ from hypothesis import strategies as st
 
 from tests.models.worlds import DAY_US, NUM_ITEMS, catalogue, histories, slice_users, summarizer
 from vista.data import counts
+from vista.errors import ConfigError, RecordError
 from vista.models.batch import Requests, flatten
 from vista.models.inputs import Events
 from vista.models.sketch import EPOCH_S, HALF_LIVES_S, NEVER_EVENTS, NEVER_S, Sketch
 from vista.models.summarizer import UserState
+from vista.models.traces import Traces
+from vista.records import fill_sketch, sketch_arrays
+from vista.store.record import Record
 
 S, R = 8, 16  # of tests.models.worlds.model_config
 FIRST = 5
 EXACT, FULL = 64, 8  # slots: more than there are items, and far fewer
+TRACES = 16  # beside FULL: 24 of 44 items have an entry or a trace
 PER_LEVEL = 4 + len(HALF_LIVES_S)
 TOTALS = 2
 FEATURES = torch.from_numpy(catalogue().features).long()
 LENGTHS = [0, 3, 8, 29, 100]
 
 
-def state_of(events: Events, slots: int = EXACT) -> tuple[Sketch, UserState]:
-    model = summarizer(sketch_slots=slots)
+def state_of(events: Events, slots: int = EXACT, traces: int = 0) -> tuple[Sketch, UserState]:
+    model = summarizer(sketch_slots=slots, sketch_traces=traces)
     assert model.sketch is not None
     with torch.no_grad():
         return model.sketch, model.extend(model.init_state(events.num_users), events)
@@ -48,9 +53,9 @@ def requests_of(state: UserState, candidate: torch.Tensor, timestamp_us: torch.T
     )
 
 
-def read(slots: int, events: Events, candidate: torch.Tensor, after_us: int = DAY_US) -> torch.Tensor:
+def read(slots: int, events: Events, candidate: torch.Tensor, after_us: int = DAY_US, traces: int = 0) -> torch.Tensor:
     """The features of the same candidates (C,) for every user, so long after its last event, (B, C, features)."""
-    sketch, state = state_of(events, slots)
+    sketch, state = state_of(events, slots, traces)
     at_us = state.progress.last_us.clamp(min=10**15) + after_us
     requests = requests_of(state, candidate.expand(events.num_users, -1), at_us)
     return sketch.read(state.memory[-1][0], requests, FEATURES)
@@ -141,17 +146,165 @@ def naive_table(events: Events, rows: list[int], num_buckets: int, ways: int, bu
     return {(k, *v) for table in tables for k, v in table.items()}, num_new
 
 
+def naive_traces(
+    events: Events, rows: list[int], sketch: Sketch, size: int
+) -> tuple[dict[int, int], dict[int, tuple[int, int]]]:
+    """Closed segments of this size, of a sketch whose items have one bucket: counts by key of the entries; count and
+    segment of the last meeting by key of the traces."""
+    traces = sketch.traces
+    assert traces is not None
+    entries: dict[int, list[int]] = {}
+    buckets: list[list[tuple[int, int, int] | None]] = [[None] * 8 for _ in range(traces.num_buckets)]
+    bucket_of = {key: int(traces._scramble(torch.tensor(key))[0]) for key in range(1, FIRST + NUM_ITEMS)}
+    for segment in range(len(rows) // size):
+        brought: dict[int, list[int]] = {}
+        for n in range(segment * size, segment * size + size):
+            item = int(events.item[rows[n]])
+            brought[item] = [brought.get(item, [0])[0] + 1, n + 1]
+        new = [key for key in sorted(brought, key=lambda key: brought[key][1]) if key not in entries]
+        met = [key for key in brought if key in entries]
+        for key in new:
+            for slots in buckets:
+                for slot, held in enumerate(slots):
+                    if held is not None and held[0] == key:
+                        brought[key][0] += held[1]
+                        slots[slot] = None
+        oldest = sorted((key for key in entries if key not in met), key=lambda key: entries[key][1])
+        room = 8 - len(met)
+        leaving = {}  # in the order of the new ones that push them out
+        for turn, key in reversed(list(enumerate(reversed(new)))):
+            free = 8 - len(entries)
+            if turn >= room:
+                leaving[key] = brought[key]
+            elif turn >= free:
+                leaving[oldest[turn - free]] = entries[oldest[turn - free]]
+        kept = {k: v for k, v in entries.items() if k not in leaving and k not in met}
+        added = {k: [entries[k][0] + brought[k][0], brought[k][1]] for k in met}
+        entries = kept | added | {k: brought[k] for k in new if k not in leaving}
+        for index, slots in enumerate(buckets):
+            mine = [key for key in leaving if bucket_of[key] == index][::-1]
+            order = sorted(range(8), key=lambda slot: -1 if slots[slot] is None else slots[slot][2])  # type: ignore[index]
+            for slot, key in zip(order, mine, strict=False):
+                slots[slot] = (key, leaving[key][0], (leaving[key][1] - 1) // size)
+    traced = {held[0]: held[1:] for slots in buckets for held in slots if held is not None}
+    return {key: value[0] for key, value in entries.items()}, traced
+
+
+@pytest.mark.parametrize(("seed", "size"), [(0, S), (1, S), (2, 2 * S)])
+def test_traces_say_what_the_definition_in_loops_says(seed, size):
+    """Which items have one, how often they were met, and the segment of the last meeting.
+
+    A segment of 2 S events brings more new items than the bucket has room for.
+    """
+    events = histories([400, 37], seed)
+    model = summarizer(sketch_slots=FULL, sketch_traces=TRACES, segment_events=size, recent_events=2 * size)
+    sketch = model.sketch
+    assert sketch is not None
+    with torch.no_grad():
+        state = model.extend(model.init_state(2), events)
+    entries, _, clock, words, marks = state.memory[-1][0]
+    assert sketch.traces is not None
+    for user in range(2):
+        rows = list(range(int(events.offsets[user]), int(events.offsets[user + 1])))
+        counts, traced = naive_traces(events, rows, sketch, size)
+        mine = entries[user, : sketch.levels[0].end]
+        assert {key: count for key, count, *_ in mine[mine[:, 0] > 0].tolist()} == counts
+        keys = sketch.traces.keys(words[user])
+        assert set(keys.tolist()) == set(traced)
+        found = sketch.traces.find((words, marks), clock[:, 0], torch.tensor([user]), keys[None])
+        assert found.is_found.all()
+        ends = [(segment + 1) * size for _, segment in traced.values()]
+        order = [keys.tolist().index(key) for key in traced]
+        assert found.place[0, order].tolist() == ends
+        assert found.count[0, order].tolist() == [count for count, _ in traced.values()]
+        last_us = events.timestamp_us[torch.tensor(ends) - 1 + rows[0]]
+        assert found.second[0, order].tolist() == (last_us // 10**6 - EPOCH_S).clamp(max=2**31 - 1).tolist()
+    assert len(traced) > 4
+
+
+def test_traces_bring_back_most_of_what_a_full_table_forgets():
+    events = histories([400, 30, 2], seed=1)
+    candidate = torch.arange(1, FIRST + NUM_ITEMS)
+    exact = read(EXACT, events, candidate)[..., :PER_LEVEL]
+    full, traced = (read(FULL, events, candidate, traces=traces)[..., :PER_LEVEL] for traces in (0, TRACES))
+    is_found, was_found, is_met = traced[..., 0] > 0, full[..., 0] > 0, exact[..., 0] > 0
+    assert not (is_found & ~is_met).any()
+    assert (was_found <= is_found).all()
+    assert is_found[0].sum() > 1.3 * was_found[0].sum()  # recent events, which a full table has no room for, among them
+    counts = traced[..., 1].expm1()[is_found], full[..., 1].expm1()[is_found], exact[..., 1].expm1()[is_found]
+    assert (counts[0] <= counts[2] + 1e-3).all()  # forgotten again and again, but seldom
+    assert counts[0].sum() > 2 * counts[1].sum()
+    since, since_exact = traced[..., 2].expm1()[is_found], exact[..., 2].expm1()[is_found]
+    assert ((since <= since_exact + 1e-3) & (since > since_exact - S - 1e-3)).all()
+    torch.testing.assert_close(traced[2], exact[2])  # few items: nothing leaves
+
+
+def test_codes_are_halved_as_a_history_grows_and_stay_what_they_would_be():
+    """Segments of one event: after each, a trace's place and second are those of the newest segment of its code."""
+    traces = Traces(8, 200, segment_events=1)
+    words, marks = traces.initial(2)
+    for n in range(2100):
+        num_events = torch.tensor([n, 0], dtype=torch.int32)
+        words, marks = traces.begin((words, marks), num_events, torch.tensor([7 * n, 3], dtype=torch.int32))
+        if n in (0, 255, 256, 300, 1024, 1900):
+            key = torch.tensor([[n % 199 + 1], [0]])
+            traces.put(words, num_events + 1, key, torch.full((2, 1), 1000), torch.full((2, 1), n + 1))
+        if n in (300, 511, 512, 2047, 2099):
+            written = [m for m in (0, 255, 256, 300, 1024, 1900) if m <= n]
+            asked = torch.tensor([[m % 199 + 1 for m in written]])
+            found = traces.find((words, marks), num_events + 1, torch.tensor([0]), asked)
+            step = 1 << max(n.bit_length() - 8, 0)
+            newest = [min(m // step * step + step - 1, n) for m in written]
+            assert found.place[0].tolist() == [m + 1 for m in newest]
+            assert found.second[0].tolist() == [7 * m for m in newest]
+            assert set(found.count[0].tolist()) == {255}  # and no more
+    assert not words[1].any()
+
+
+def test_what_a_record_holds_of_a_sketch_with_traces_is_all_of_it():
+    events = histories([400, 22, 3, 0], seed=2)
+    model = summarizer(sketch_slots=FULL, sketch_traces=TRACES)
+    with torch.no_grad():
+        running = model.extend(model.init_state(4), events).memory[-1][0]
+        again = model.init_state(4).memory[-1][0]
+    for user in range(4):
+        arrays = sketch_arrays(tuple(t[user] for t in running))
+        assert len(arrays["sketch_words"]) == int((running[3][user] != 0).sum())
+        fill_sketch(again, user, Record("state", "0" * 16, b"i:7", 0, 0, arrays))
+    for before, after in zip(running, again, strict=True):
+        assert torch.equal(before, after)
+    without = sketch_arrays(tuple(t[0] for t in running[:3]))
+    with pytest.raises(RecordError, match="no sketch_traced in a record of a model with a sketch"):
+        fill_sketch(again, 0, Record("state", "0" * 16, b"i:7", 0, 0, without))
+
+
+@pytest.mark.parametrize(("slots", "items"), [(8, 40), (24, 65_536), (16, 100_000)])
+def test_no_two_items_have_the_same_bucket_and_fingerprint_and_buckets_are_even(slots, items):
+    traces = Traces(slots, items, segment_events=8)
+    bucket, fingerprint = traces._scramble(torch.arange(items))
+    assert fingerprint.max() < 2**16
+    assert len(torch.unique(bucket * 2**16 + fingerprint)) == items
+    load = torch.bincount(bucket, minlength=slots // 8)
+    assert load.max() < 1.2 * items / (slots // 8) + 8
+
+
+def test_a_catalogue_beyond_what_fingerprints_tell_apart_is_refused_with_the_number_that_is_enough():
+    with pytest.raises(ConfigError, match=r"sketch_traces 8: 70,000 items need at least 16"):
+        Traces(8, 70_000, segment_events=8)
+    Traces(16, 70_000, segment_events=8)
+
+
 @given(
     st.lists(st.integers(0, 60), min_size=1, max_size=4),
     st.integers(0, 10**6),
     st.lists(st.floats(0, 1), max_size=5),
-    st.sampled_from([EXACT, FULL]),
+    st.sampled_from([(EXACT, 0), (FULL, 0), (FULL, TRACES)]),
 )
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_however_a_history_is_cut_the_sketch_is_the_same(lengths, seed, cuts, slots):
     """To the last bit, decayed counts included."""
     events = histories(lengths, seed)
-    model = summarizer(sketch_slots=slots)
+    model = summarizer(sketch_slots=slots[0], sketch_traces=slots[1])
     state = model.init_state(len(lengths))
     borders = [[0] * len(lengths), *([round(cut * n) for n in lengths] for cut in sorted(cuts)), lengths]
     with torch.no_grad():

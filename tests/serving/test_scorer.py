@@ -322,17 +322,21 @@ def test_popularity_comes_from_the_runs_table(store, tmp_path):
     assert np.abs(expected - other).max() > 1e-3
 
 
-@pytest.mark.parametrize(("size", "slots"), [("tiny", 1664), ("small", 1024)])
-def test_a_full_sketch_keeps_a_state_below_64_kilobytes(size, slots):
+@pytest.mark.parametrize(
+    ("size", "slots", "traces"),
+    [("tiny", 1664, 0), ("tiny", 768, 6656), ("tiny", 512, 8704), ("small", 1024, 0), ("small", 640, 3296)],
+)
+def test_a_full_sketch_keeps_a_state_below_64_kilobytes(size, slots, traces):
     """The sizes that docs/record-format.md names, with one category column, every slot taken and all events held."""
-    config = resolve(size, overrides={"model.sketch_slots": slots, "model.popularity_days": 0}).model
+    chosen = {"model.sketch_slots": slots, "model.sketch_traces": traces, "model.popularity_days": 0}
+    config = resolve(size, overrides=chosen).model
     items = catalogue()
     model = make_model(config, ItemTables.of(items), NUM_ACTIONS, 1, (), 0)
     assert model.sketch is not None
-    sketch = Sketch(slots, slots + 1, (FEATURE_SLOTS,))  # more items than slots, as many categories as a level holds
+    # more items than slots, as many categories as a level holds
+    sketch = Sketch(slots, slots + 1, (FEATURE_SLOTS,), traces, config.segment_events)
     state = model.extend(model.init_state(1), histories([config.recent_events + 7]))
-    entries, decayed, clock = sketch.initial(1)
-    full = (torch.ones_like(entries), torch.ones_like(decayed), clock)
+    full = tuple(torch.ones_like(part) for part in sketch.initial(1))
     state = replace(state, memory=(*state.memory[:-1], (full,)))
     stored = {record.kind: encode(record) for record in to_records(model, state, [1234567], VERSION)}
-    assert 32 * (slots + FEATURE_SLOTS) < len(stored["state"]) <= 65_536
+    assert 32 * (slots + FEATURE_SLOTS) + 4 * traces < len(stored["state"]) <= 65_536

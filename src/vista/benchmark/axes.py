@@ -27,9 +27,10 @@ from vista.benchmark.jobs import content_key
 from vista.benchmark.sets import CODEC, Axis, BenchmarkSet, world_of
 from vista.checkpoint import Run, load_run, write_text
 from vista.data.histories import PreparedData
+from vista.data.worlds import read_detail
 from vista.errors import DataError
-from vista.evaluation.evaluate import best_possible, evaluate
-from vista.evaluation.metrics import Estimate, mean_and_standard_error
+from vista.evaluation.evaluate import best_possible, score_impressions
+from vista.evaluation.metrics import Estimate, auc, mean_and_standard_error
 from vista.evaluation.plots import BEST_STYLE, SLICE_METRICS, finish, panels, style
 from vista.evaluation.tables import BEST_POSSIBLE, Table
 from vista.evaluation.tables import Cell as TableCell
@@ -37,7 +38,8 @@ from vista.models.vista import SequenceModel
 from vista.store.record import Record, decode_tokens, encode, unpack
 
 METRICS = ("ne", "auc")
-TITLES = {"ne": "NE", "auc": "AUC"}
+RARE = "rare_auc"  # beside them in worlds that say what a user touched least (docs/worlds.md, ``is_rare``)
+TITLES = {"ne": "NE", "auc": "AUC", RARE: "AUC of the rare half"}
 LOG_RATIO = 8  # an axis that spans more than this is drawn logarithmically
 
 
@@ -65,12 +67,18 @@ class Sweep:
     trained_at: float | None = None
 
     @property
+    def metrics(self) -> tuple[str, ...]:
+        """What tables show."""
+        return (*METRICS, RARE) if any(RARE in score.metrics for score in self.scores) else METRICS
+
+    @property
     def entries(self) -> list[str]:
         return list(dict.fromkeys(score.entry for score in self.scores))
 
     def estimate(self, entry: str, point: int, metric: str) -> Estimate:
         """Mean and standard error over seeds."""
-        return mean_and_standard_error([s.metrics[metric] for s in self.scores if (s.entry, s.point) == (entry, point)])
+        mine = [s.metrics for s in self.scores if (s.entry, s.point) == (entry, point)]
+        return mean_and_standard_error([metrics.get(metric, math.nan) for metrics in mine])
 
     def x(self, entry: str) -> list[float]:
         """Where an entry's points are drawn: at bytes per user for codecs, at the value, or else at its number."""
@@ -90,7 +98,9 @@ class Sweep:
             (TableCell(entry), *(TableCell(str(self.estimate(entry, i, metric))) for i in range(self.axis.num_points)))
             for entry in self.entries
         ]
-        best = [TableCell("-" if found is None else f"{found[metric]:.4f}") for found in self.best]
+        best = [
+            TableCell("-" if found is None or metric not in found else f"{found[metric]:.4f}") for found in self.best
+        ]
         header = (self.axis.name, *(str(point[self.axis.name]) for point in self.axis.points()))
         return Table(f"{TITLES[metric]} by {self.axis.name}", header, (*rows, (TableCell(BEST_POSSIBLE), *best)))
 
@@ -131,7 +141,8 @@ def _sweep(
             for seed in plan.seeds:
                 if (entry.name, seed) in done:
                     place = cell_folder(out, one, trained, entry, entry.config(plan.size, seed, plan.training))
-                    scores.append(_score(place, data, entry, seed, number_of, point.get(CODEC)))
+                    log = folder / "axis" / test.name / "log" if settings else folder / "log"
+                    scores.append(_score(place, data, log, entry, seed, number_of, point.get(CODEC)))
         say(_line(one.name, axis, point, scores, number_of))
     return Sweep(axis, tuple(scores), tuple(best), _trained_at(one, axis))
 
@@ -152,26 +163,41 @@ def _trained_at(one: BenchmarkSet, axis: Axis) -> float | None:
 
 
 def _score(
-    folder: Path, data: PreparedData, entry: Entry, seed: int, point: int, codec: str | None
-) -> PointScore:  # fmt: skip
-    """A run's metrics at a point, from its file or measured now."""
+    folder: Path, data: PreparedData, log: Path, entry: Entry, seed: int, point: int, codec: str | None
+) -> PointScore:
+    """A run's metrics at a point, from its file or measured now. log: the files of a world."""
     path = folder / f"axis-{content_key({'data': data.manifest.checksums, 'codec': codec})}.json"
     if not path.exists():
         run = load_run(folder / "run")
         with through_codec(run, codec):
-            evaluation = evaluate(run, data)
-        found = evaluation.metrics[evaluation.tasks[0]]
-        values = {name: None if math.isnan(found[name]) else found[name] for name in METRICS}
+            found = _measure(run, data, log)
+        values = {name: None if math.isnan(value) else value for name, value in found.items()}
         num_bytes = bytes_per_user(run, data, codec or "int8")
         write_text(path, json.dumps({"metrics": values, "num_bytes": num_bytes}, allow_nan=False) + "\n")
     try:
         values = json.loads(path.read_text())
-        metrics = {name: math.nan if values["metrics"][name] is None else values["metrics"][name] for name in METRICS}
-        return PointScore(entry.name, seed, point, metrics, values["num_bytes"])
-    except (ValueError, KeyError, TypeError) as error:
+        metrics = {name: math.nan if value is None else value for name, value in values["metrics"].items()}
+        return PointScore(entry.name, seed, point, {name: metrics[name] for name in METRICS} | metrics,
+                          values["num_bytes"])  # fmt: skip
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(
             f"{path}: not a score at a point of an axis ({error!r}); remove it, and it is made again"
         ) from error
+
+
+def _measure(run: Run, data: PreparedData, log: Path) -> dict[str, float]:
+    """Metrics of the first task on the test split; AUC of the rare half: its positives against all negatives."""
+    scored, _ = score_impressions(run, data)
+    found = scored.metrics(0)
+    values = {name: float(found[name]) for name in METRICS}
+    has_details = (log / "details.parquet").exists()
+    is_rare = read_detail(log, data, "test", "is_rare") if has_details else None
+    if is_rare is not None:
+        labels = scored.labels[:, 0]
+        assert len(is_rare) == len(labels)
+        rows = (labels == 0) | (is_rare == 1)
+        values[RARE] = auc(labels[rows], scored.probabilities[rows, 0])
+    return values
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from typing import Any
 from vista.config import WITH_COUNTS, Config, resolve, setting_key
 from vista.errors import ConfigError, nearest
 
-SKETCH_SLOTS = 1024
+SKETCH = {"model.sketch_slots": 768, "model.sketch_traces": 6656}  # a state of at most 64 KB at size tiny
 COUNTED_EVENTS = (64, 512, 4096)  # what counts cut to the last so many events show: where length stops paying
 HISTORY = "model.history_events"  # the setting that says how many raw events a model reads, but for these:
 WINDOWS = {"counts": "model.count_last_events", "recent": "model.recent_events"}
@@ -64,7 +64,7 @@ def _all() -> tuple[Entry, ...]:
         counts,
         Entry("vista"),
         Entry("vista-sum", {"model.memory": "sum"}),
-        Entry("vista-sketch", {"model.sketch_slots": SKETCH_SLOTS}),
+        Entry("vista-sketch", SKETCH),
         *(Entry(name, {"model.model": name}) for name in ("mean", "din", "sim", "twin", "sasrec", "hstu")),
         Entry("sim-soft", {"model.model": "sim", "model.search": "soft"}),
     )

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from vista.benchmark.axes import METRICS, Sweep, plot_sweep
+from vista.benchmark.axes import Sweep, plot_sweep
 from vista.benchmark.cells import Cell, Plan
 from vista.benchmark.machine import machine, versions
 from vista.benchmark.sets import BenchmarkSet
@@ -131,7 +131,7 @@ class Part:
             *([differences] if differences is not None else []),
             *(table for table in sliced if len(table.rows) > 1),
             *([published] if published is not None else []),
-            *([self.sweep.table(metric) for metric in METRICS] if self.sweep is not None else []),
+            *([self.sweep.table(metric) for metric in self.sweep.metrics] if self.sweep is not None else []),
             cost_table(self.cells),
         ]
 

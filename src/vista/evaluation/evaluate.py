@@ -35,13 +35,8 @@ def evaluate(
     full_ranking: also HR@K and NDCG@K of each request's positive among the whole catalogue, for the first task. Raises
     CheckpointError for data the run was not trained on, ConfigError for full ranking of a model that cannot.
     """
-    run.check_data(data.manifest, data.catalogue, data.folder)
+    scored, feed = score_impressions(run, data, split, quiet)
     impressions = data.impressions(split)
-    feed, _ = make_feed(data, run.config, split)
-    scores = score(run.model, feed, f"score {split}", quiet)
-    scored = ScoredImpressions.of(
-        impressions, data.manifest.tasks, scores.impression, scores.probability, last_met(data.histories, impressions)
-    )
     protocol = describe(data, split, impressions) | {
         "run": str(run.folder),
         "version": run.version,
@@ -53,6 +48,22 @@ def evaluate(
         metrics = result.metrics[task] | rank_catalogue(run, feed, quiet)
         result = replace(result, metrics=result.metrics | {task: metrics})
     return result
+
+
+def score_impressions(
+    run: Run, data: PreparedData, split: str = "test", quiet: bool = False
+) -> tuple[ScoredImpressions, Feed]:
+    """All impressions of one split with a run's probabilities, and the feed they came from.
+
+    Raises CheckpointError for data the run was not trained on.
+    """
+    run.check_data(data.manifest, data.catalogue, data.folder)
+    impressions = data.impressions(split)
+    feed, _ = make_feed(data, run.config, split)
+    scores = score(run.model, feed, f"score {split}", quiet)
+    distance = last_met(data.histories, impressions)
+    scored = ScoredImpressions.of(impressions, data.manifest.tasks, scores.impression, scores.probability, distance)
+    return scored, feed
 
 
 def best_possible(data: PreparedData, split: str = "test") -> Evaluation | None:
@@ -75,6 +86,7 @@ def model_name(run: Run) -> str:
             what = f"{model.attention} {'full' if model.scope == 'full' else model.memory}"
             what += f", candidates ask {model.candidate_memory}" if model.has_candidate_memory else ""
             what += f", sketch of {model.sketch_slots:,}" if model.has_sketch else ""
+            what += f" and {model.sketch_traces:,} traces" if model.has_sketch and model.sketch_traces else ""
         case "recent":
             what = str(model.recent_events)
         case "counts":

@@ -9,7 +9,9 @@ A *level* is the table of one kind of key, cut into buckets of a few slots; a ke
 carries the key itself, so that two keys are never taken for one another. A level whose keys all fit has a bucket of one
 slot for each and forgets nothing. In any other, where a segment brings more new keys than its bucket has room for, they
 take the places of those met longest ago. So a sketch that says "met" is always right; one that says "never" may have
-forgotten, and counts from the next meeting on. A user of fewer keys than slots is known (almost) exactly.
+forgotten, and counts from the next meeting on. A user of fewer keys than slots is known (almost) exactly. Of items
+whose entry had to make room, *traces* (`vista.models.traces`) keep how often and roughly when, where the sketch has
+them: several thousand more in the same bytes.
 
 Naive definition, all entries kept: of the events with the candidate's key before the request, the number; for each
 half-life h the sum of 2^(-age / h); the place and the time of the newest. The features are those of
@@ -33,6 +35,7 @@ from torch import Tensor, nn
 from vista.models.batch import Requests
 from vista.models.inputs import US_PER_S
 from vista.models.memory import Running
+from vista.models.traces import Traces, make_room
 
 HALF_LIVES_S = (86_400, 2_592_000, 31_557_600)  # a day, 30 days, a year
 EPOCH_S = 631_152_000  # 1990-01-01, the earliest time a log may have by default: seconds from it fit int32 until 2058
@@ -87,17 +90,28 @@ class Sketch(nn.Module):
     entries  (B, P, 4) int32: key, 0 where the slot is free; events with it; place in the history of the newest,
              counted from 1; its second since EPOCH_S
     decayed  (B, P, F) float32: for each half-life the decayed number of these events as of the newest of them
-    clock    (B, 2) int32: events so far, and how many of them brought an item that had no entry
+    clock    (B, 2) int32: events so far, and how many of them brought an item that had neither entry nor trace
+
+    and behind them, where there are traces, (words, marks) of `vista.models.traces`. segment_events: S, with traces.
     """
 
     names = ("sketch_entries", "sketch_decayed", "sketch_clock")
 
-    def __init__(self, num_slots: int, num_items: int, feature_sizes: tuple[int, ...]) -> None:
+    def __init__(
+        self,
+        num_slots: int,
+        num_items: int,
+        feature_sizes: tuple[int, ...],
+        num_traces: int = 0,
+        segment_events: int = 1,
+    ) -> None:
         super().__init__()
         self.levels = [Level.of(None, 0, num_items, num_slots)]
         for feature, size in enumerate(feature_sizes):
             self.levels.append(Level.of(feature, self.levels[-1].end, size, min(num_slots, FEATURE_SLOTS)))
         self.num_slots = self.levels[-1].end
+        has_traces = num_traces > 0 and self.levels[0].ways > 1  # where every item has its slot, none makes room
+        self.traces = Traces(num_traces, num_items, segment_events) if has_traces else None
         steps_per_s = 4.0**DECAY_BITS / torch.tensor(HALF_LIVES_S, dtype=torch.float64)
         self.register_buffer("steps_per_s", steps_per_s, persistent=False)
         steps = torch.arange(2**DECAY_BITS, dtype=torch.float64) * 2.0**-DECAY_BITS
@@ -123,13 +137,14 @@ class Sketch(nn.Module):
             torch.zeros(num_users, self.num_slots, 4, dtype=torch.int32),
             torch.zeros(num_users, self.num_slots, len(HALF_LIVES_S)),
             torch.zeros(num_users, 2, dtype=torch.int32),
+            *(self.traces.initial(num_users) if self.traces is not None else ()),
         )
 
     def parts(self, item: Tensor, features: Tensor, timestamp_us: Tensor, is_valid: Tensor) -> Running:
         """The entries of segments by themselves: item, timestamp_us, is_valid (G, S), features (G, S, number of them).
 
-        Returns entries (G, J, S, 4), decayed (G, J, S, F) and clock (G, 2). The entry of a key stands where the segment
-        has it last; anywhere else the key is 0.
+        Returns entries (G, J, S, 4), decayed (G, J, S, F) and clock (G, 2): how many events, the second of the last.
+        The entry of a key stands where the segment has it last; anywhere else the key is 0.
         """
         key = torch.stack([self._key(level, item, features) for level in self.levels], 1) * is_valid[:, None]
         same = (key[..., :, None] == key[..., None, :]) & (key > 0)[..., None]
@@ -142,48 +157,54 @@ class Sketch(nn.Module):
         row = (g * key.shape[1] + j) * key.shape[2] + later
         left = self._left(second[g, j, later] - second[g, j, earlier])
         decayed.view(-1, len(HALF_LIVES_S)).index_add_(0, row, left.to(decayed.dtype))
-        num_events = is_valid.sum(1)
-        return entries, decayed, torch.stack([num_events, torch.zeros_like(num_events)], -1).int()
+        last = _seconds(timestamp_us).masked_fill(~is_valid, NEVER_SECOND).amax(1)
+        return entries, decayed, torch.stack([is_valid.sum(1).int(), last], -1)
 
     def merge(self, running: Running, part: Running) -> Running:
         """The running value after one more segment."""
-        entries, decayed, clock = (t.clone() for t in running)
+        entries, decayed, clock, *traces = (t.clone() for t in running)
         new, new_decayed, new_clock = part
         new = torch.cat([new[..., :PLACE], new[..., PLACE:SECOND] + clock[:, :1, None, None], new[..., SECOND:]], -1)
+        if self.traces is not None:
+            traces = list(self.traces.begin((traces[0], traces[1]), clock[:, 0], new_clock[:, 1]))
+        clock[:, 0] += new_clock[:, 0]
+        table = (entries, decayed, clock, *traces)
         num_new = [
-            self._insert(level, (entries, decayed), new[:, j], new_decayed[:, j].to(decayed.dtype))
+            self._insert(level, table, new[:, j], new_decayed[:, j].to(decayed.dtype))
             for j, level in enumerate(self.levels)
         ]
-        clock[:, 0] += new_clock[:, 0]
         clock[:, 1] += num_new[0]
-        return entries, decayed, clock
+        return table
 
-    def _insert(self, level: Level, table: tuple[Tensor, Tensor], new: Tensor, new_decayed: Tensor) -> Tensor:
+    def _insert(self, level: Level, table: Running, new: Tensor, new_decayed: Tensor) -> Tensor:
         """Put entries new (B, S, 4), new_decayed (B, S, F) of one segment into a level of the table, in place.
 
         Those that have an entry are added to it. The others take the slots of the bucket that the segment did not meet,
         free ones and those met longest ago first; where even these are too few, the newest get them. Returns how many
-        had no entry, (B,).
+        were not known, (B,).
         """
-        entries, decayed = table
+        entries, decayed = table[:2]
         key = new[..., KEY].long()
         user = torch.arange(len(key), device=key.device)[:, None]
         slots = level.slots(key)
         held = entries[user[..., None], slots]  # (B, S, W, 4)
         is_way = (held[..., KEY] == new[..., None, KEY]) & (key > 0)[..., None]
         has_entry, way = is_way.any(-1), is_way.int().argmax(-1)
-        is_new = (key > 0) & ~has_entry
+        is_new = enters = (key > 0) & ~has_entry
+        num_new = is_new.sum(-1)
         if level.ways > 1:
             is_met = torch.zeros(entries.shape[:2], dtype=torch.bool, device=key.device)
             is_met[user.expand_as(key)[has_entry], slots.gather(-1, way[..., None])[..., 0][has_entry]] = True
             is_met = is_met[user[..., None], slots]
-            oldest = held[..., PLACE].masked_fill(is_met, 2**31 - 1).argsort(dim=-1, stable=True)
-            rivals = (slots[:, :, None, 0] == slots[:, None, :, 0]) & is_new[:, None]
-            turn = rivals.triu(1).sum(-1)  # new ones of the bucket that are newer
-            enters = is_new & (turn < level.ways - is_met.sum(-1))
-            way = torch.where(has_entry, way, oldest.gather(-1, turn.clamp(max=level.ways - 1)[..., None])[..., 0])
-        else:
-            enters = is_new
+            age = held[..., PLACE].masked_fill(is_met, 2**31 - 1)
+            enters, free = make_room(age, slots[..., 0], is_new, level.ways - is_met.sum(-1))
+            way = torch.where(has_entry, way, free)
+            if self.traces is not None and level.feature is None:
+                new, new_decayed, num_known = self._recall(table, new, new_decayed, is_new)
+                num_new = num_new - num_known
+                made_room = held.gather(2, way[..., None, None].expand(-1, -1, 1, 4))[:, :, 0]
+                leaving = torch.where(enters[..., None], made_room, new) * is_new[..., None]
+                self.traces.put(table[3], table[2][:, 0], *(leaving[..., c] for c in (KEY, COUNT, PLACE)))
         row = (user * entries.shape[1] + slots.gather(-1, way[..., None])[..., 0])[has_entry | enters]
         old, old_decayed = entries.view(-1, 4)[row], decayed.view(-1, decayed.shape[-1])[row]
         value, value_decayed, again = (t[has_entry | enters] for t in (new, new_decayed, has_entry))
@@ -192,7 +213,20 @@ class Sketch(nn.Module):
         value[:, COUNT] += old[:, COUNT] * again
         entries.view(-1, 4)[row] = value
         decayed.view(-1, decayed.shape[-1])[row] = value_decayed + old_decayed * left * again[:, None]
-        return is_new.sum(-1)
+        return num_new
+
+    def _recall(
+        self, table: Running, new: Tensor, new_decayed: Tensor, is_new: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """New entries (B, S, 4), with decayed numbers (B, S, F), with what traces know of them, which are taken out of
+        the table; and how many had a trace, (B,). """  # fmt: skip
+        assert self.traces is not None
+        _, _, clock, words, marks = table
+        trace = self.traces.take(words, marks, clock[:, 0], new[..., KEY].long() * is_new)
+        age_s = (new[..., SECOND].long() - trace.second).clamp(min=0)
+        left = self._left(age_s).to(new_decayed.dtype)
+        more = torch.stack([torch.zeros_like(trace.count), trace.count, *[torch.zeros_like(trace.count)] * 2], -1)
+        return new + more.int(), new_decayed + left * trace.count[..., None], trace.is_found.sum(-1)
 
     # -- as candidates read it
 
@@ -219,16 +253,31 @@ class Sketch(nn.Module):
 
     def _find(self, level: Level, running: Running, summary: Tensor, key: Tensor, now: Tensor) -> tuple[Tensor, Tensor]:
         """Of keys (Q, C): sums (Q, C, 1 + F) as of now (Q,), and the place and second of the newest event."""
-        entries, decayed, _ = running
+        entries, decayed = running[:2]
         rows = summary[:, None, None] * self.num_slots + level.slots(key)
         is_way = (entries[..., KEY].flatten()[rows] == key[..., None]) & (key > 0)[..., None]
         is_met = is_way.any(-1, keepdim=True)
         row = rows.gather(-1, is_way.int().argmax(-1, keepdim=True))[..., 0]
         entry, sums = entries.flatten(0, 1)[row], decayed.flatten(0, 1)[row]
-        left = self._left((now[:, None].long() - entry[..., SECOND]).clamp(min=0)).to(sums.dtype)
-        sums = torch.cat([entry[..., COUNT, None].to(sums.dtype), sums * left], -1) * is_met
+        count, newest = entry[..., COUNT, None] * is_met, entry[..., PLACE:]
+        if self.traces is not None and level.feature is None:
+            _, _, clock, words, marks = running
+            trace = self.traces.find((words, marks), clock[:, 0], summary, key)
+            is_trace = ~is_met & trace.is_found[..., None]
+            count = torch.where(is_trace, trace.count[..., None].int(), count)
+            newest = torch.where(is_trace, torch.stack([trace.place, trace.second], -1).int(), newest)
+            sums = torch.where(is_trace, count.to(sums.dtype), sums)  # as if all had been met with the newest
+            is_met = is_met | is_trace
+        left = self._left((now[:, None].long() - newest[..., 1]).clamp(min=0)).to(sums.dtype)
+        sums = torch.cat([count.to(sums.dtype), sums * left * is_met], -1)
         never = entry.new_tensor([NEVER_PLACE, NEVER_SECOND])
-        return sums, torch.where(is_met, entry[..., PLACE:], never)
+        return sums, torch.where(is_met, newest, never)
+
+    def items(self, running: Running) -> Tensor:
+        """The items that the sketch of one user, running (...), has an entry or a trace of."""
+        entered = running[0][: self.levels[0].end, KEY]
+        traced = [] if self.traces is None else [self.traces.keys(running[3])]
+        return torch.cat([entered[entered > 0].long(), *traced])
 
     @staticmethod
     def _key(level: Level, item: Tensor, features: Tensor) -> Tensor:

@@ -204,7 +204,10 @@ class Summarizer(nn.Module):
         items = embedding.items
         self.sketch = None
         if config.has_sketch:
-            self.sketch = Sketch(config.sketch_slots, len(items.embedding_row), items.feature_sizes)
+            num_items = len(items.embedding_row)
+            self.sketch = Sketch(
+                config.sketch_slots, num_items, items.feature_sizes, config.sketch_traces, config.segment_events
+            )
         last = config.num_layers - 1
         self.layers = nn.ModuleList(SummarizerLayer(config, i == 0, i == last) for i in range(config.num_layers))
 

@@ -3,7 +3,7 @@
 All of it comes out of the model's own code. Attention weights are those of the pass that gave the scores, as means over
 heads and blocks. They say where the ranker looked, not what followed from it; so there are three more scores:
 
-- without the summary: the tokens of an empty history instead;
+- without the summary: tokens and read-out of an empty history instead;
 - without recent events: none of them attended to or counted;
 - without counts: the sketch of an empty history instead (recent events are counted even so).
 
@@ -60,7 +60,7 @@ def explain(model: Model, summaries: UserSummaries, asked: Asked, is_degraded: b
     """The explanation of one user's candidates. summaries: of that user alone."""
     sequence = model.scorer.model
     requests = model.scorer.request_of(summaries, asked)
-    prepared = sequence.prepare_users(summaries.tokens, summaries.recent, summaries.sketch)
+    prepared = sequence.prepare_users(summaries.tokens, summaries.recent, summaries.sketch, summaries.readout)
     seen: list[Tensor] = []
     probability = sequence.rank(prepared, requests, seen)[0].double().sigmoid().numpy()
     weight = torch.stack(seen).mean((0, 2))[0].double().numpy()  # (C, K + R + 1)
@@ -76,7 +76,8 @@ def _without(model: Model, summaries: UserSummaries) -> dict[str, UserSummaries]
     """What would have been read, had one of the sources been empty."""
     sequence, found = model.scorer.model, {}
     if summaries.tokens.shape[1]:
-        found["summary"] = replace(summaries, tokens=sequence.empty_summary(1))
+        empty = model.scorer.cold(1)
+        found["summary"] = replace(summaries, tokens=empty.tokens, readout=empty.readout)
     # times stay: the age of the newest event is no attention
     recent = replace(summaries.recent, item=torch.zeros_like(summaries.recent.item))
     found["recent_events"] = replace(summaries, recent=recent)

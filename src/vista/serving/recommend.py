@@ -17,7 +17,6 @@ import numpy as np
 import torch
 
 from vista.errors import RequestError, nearest
-from vista.models.sketch import KEY
 from vista.serving.deployment import Model
 from vista.serving.lanes import too_late
 from vista.serving.options import Limits
@@ -109,7 +108,7 @@ class Recommender:
         named = [summaries.recent.item[0].numpy()]
         sketch = self.model.scorer.model.sketch
         if sketch is not None:
-            named.append(summaries.sketch[0][0, : sketch.levels[0].end, KEY].numpy())
+            named.append(sketch.items(tuple(t[0] for t in summaries.sketch)).numpy())
         found = np.unique(np.concatenate(named))
         return found[found >= self._first] - self._first
 

@@ -27,6 +27,7 @@ from vista.config import ModelConfig
 from vista.errors import ConfigError
 from vista.models.batch import LayerMemory, flatten, unflatten
 from vista.models.embeddings import EventEmbedding
+from vista.models.folding import can_fold, fold_closed
 from vista.models.inputs import US_PER_S, Events, Progress, Recent, ragged_index
 from vista.models.layers import GatedUnit, aligned, join_heads, norm
 from vista.models.memory import SlotsMemory, SumMemory, make_memory, project_heads
@@ -218,6 +219,9 @@ class Summarizer(nn.Module):
             return UserState(
                 state.progress.advance(events), state.recent.push(events), self._fold_alone(memory, pending, closed)
             )
+        if self.sketch is None and can_fold(self._layers, self.seeds):
+            memory = fold_closed(self._layers, self.embedding, memory, pending, closed)
+            return UserState(state.progress.advance(events), state.recent.push(events), memory)
         for start in range(0, int(closed.max()) if len(closed) else 0, at_once):
             memory = self._fold_block(memory, pending, start, (closed - start).clamp(0, at_once))
         return UserState(state.progress.advance(events), state.recent.push(events), memory)

@@ -587,14 +587,14 @@ def flatten_rows(state) -> list[torch.Tensor]:
 def values(memory: list[torch.Tensor], state) -> list[torch.Tensor]:
     """What running values stand for: the split into sum and residue, and a softmax's scale, depend on the cut."""
     found = []
-    for total, *maximum, residue in (running for layer in unflatten(list(memory), state.memory) for running in layer):
-        exact = widened(total, residue)
-        if not maximum:
-            found.append(exact)
+    for running in (running for layer in unflatten(list(memory), state.memory) for running in layer):
+        if running[-1].dtype != torch.int8:  # a sketch: whole numbers, and sums in the order of events
+            found += running
             continue
-        denominator = exact[..., -1:]
-        safe = denominator.masked_fill(denominator == 0, 1)
-        found += [exact[..., :-1] / safe, maximum[0] + safe[..., 0].log()]
+        total, *maximum, residue = running
+        exact = widened(total, residue)
+        denominator = exact[..., -1:].masked_fill(exact[..., -1:] == 0, 1)
+        found += [exact[..., :-1] / denominator, maximum[0] + denominator[..., 0].log()] if maximum else [exact]
     return found
 
 

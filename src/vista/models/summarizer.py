@@ -36,7 +36,7 @@ from vista.models.sketch import Sketch
 from vista.ops.order import SegmentOrder
 from vista.ops.qla import carried, qla, read_memory, rms_norm
 
-BLOCK_SEGMENTS = 4  # segments of one user folded at a time: a super-block stays in cache (measured: 4 beat 1 and 16)
+BLOCK_SEGMENTS = 4  # of one user folded at a time on a CPU where tiles do not (with gradients, other memories)
 GPU_BLOCK_EVENTS = 262_144  # folded at a time on a GPU, of all users together: enough to fill it, some 100 MB a tensor
 SEED_SCALE = 0.1  # of fresh seed vectors: small beside what they read
 

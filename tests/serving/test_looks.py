@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -279,6 +280,18 @@ def test_bad_parameters_get_a_reason(served, path, reason):
     answer = served.client.get(path)
     assert answer.status_code == 400
     assert reason in answer.json()["error"]
+
+
+def test_an_explanation_reads_what_candidates_ask_of_a_memory():
+    model = model_of(make_run(candidate_memory="ridge"))
+    summaries = model.scorer.read(["anna"])
+    asked = Asked(model.run.catalogue.encode([1, 2, 3]), AT_US)
+    found = explain(model, summaries, asked, False)
+    np.testing.assert_allclose(found.probability, model.scorer.score(summaries, [asked])[0], rtol=1e-5)
+    cold = replace(summaries, tokens=model.scorer.cold(1).tokens, readout=model.scorer.cold(1).readout)
+    np.testing.assert_allclose(found.without["summary"], model.scorer.score(cold, [asked])[0], rtol=1e-5)
+    half = replace(summaries, tokens=model.scorer.cold(1).tokens)
+    assert not np.allclose(found.without["summary"], model.scorer.score(half, [asked])[0], rtol=1e-4)
 
 
 def test_users_that_are_not_there_and_too_much_to_explain(served):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vista.catalogue import Catalogue
-from vista.models.inputs import NO_GAP_US, US_PER_S
+from vista.models.inputs import NO_GAP_US, US_PER_S, Events
 from vista.schema import NUM_CONTEXT_BUCKETS, ContextColumn
 
 HOUR_US = 3600 * US_PER_S
@@ -97,11 +97,30 @@ class EventEmbedding(nn.Module):
             nn.init.normal_(table.weight, std=SIDE_SCALE)
 
     def forward(self, item: Tensor, action: Tensor, timestamp_us: Tensor, gap_us: Tensor) -> Tensor:
+        action, gap, hour, weekday = self.side_codes(action, timestamp_us, gap_us)
+        side = self.action(action) + self.gap(gap) + self.hour(hour) + self.weekday(weekday)
+        return self.items(item) + side
+
+    def side_codes(self, action: Tensor, timestamp_us: Tensor, gap_us: Tensor) -> tuple[Tensor, ...]:
+        """What an event adds to its item: rows of the tables action, gap, hour and weekday, (...) each."""
         hours = timestamp_us.div(HOUR_US, rounding_mode="floor")
         weekday = (hours.div(24, rounding_mode="floor") + 4) % 7  # 1970-01-01 was a Thursday
         known = action.clamp(max=self.action.num_embeddings - 1)
-        side = self.action(known) + self.gap(gap_bucket(gap_us)) + self.hour(hours % 24) + self.weekday(weekday)
-        return self.items(item) + side
+        return known, gap_bucket(gap_us), hours % 24, weekday
+
+    def side_table(self) -> Tensor:
+        """The four tables, one below the other, for `embedding_bag` with ``side_rows``."""
+        return torch.cat([table.weight for table in self._side])
+
+    def side_rows(self, events: Events) -> Tensor:
+        """The rows of ``side_table`` that each event adds to its item, (N, 4) int64."""
+        codes = torch.stack(self.side_codes(events.action, events.timestamp_us, events.gap_us), -1)
+        sizes = torch.tensor([table.num_embeddings for table in self._side], device=codes.device)
+        return codes + (sizes.cumsum(0) - sizes)
+
+    @property
+    def _side(self) -> tuple[nn.Embedding, ...]:
+        return self.action, self.gap, self.hour, self.weekday
 
 
 def gap_bucket(gap_us: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ heads.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import cast
 
@@ -28,12 +29,14 @@ from vista.config import ModelConfig
 from vista.errors import ConfigError
 from vista.models.batch import LayerMemory, flatten, unflatten
 from vista.models.embeddings import EventEmbedding
+from vista.models.folding import can_fold, fold_closed
 from vista.models.inputs import US_PER_S, Events, Progress, Recent, ragged_index
 from vista.models.layers import GatedUnit, aligned, join_heads, norm
 from vista.models.memory import (
     ASKABLE,
     AskableMemory,
     Memory,
+    Running,
     SlotsMemory,
     SumMemory,
     make_memory,
@@ -43,7 +46,7 @@ from vista.models.sketch import Sketch
 from vista.ops.order import SegmentOrder
 from vista.ops.qla import carried, qla, read_memory, rms_norm
 
-BLOCK_SEGMENTS = 4  # segments of one user folded at a time: a super-block stays in cache (measured: 4 beat 1 and 16)
+BLOCK_SEGMENTS = 4  # of one user folded at a time on a CPU where tiles do not (with gradients, other memories)
 GPU_BLOCK_EVENTS = 262_144  # folded at a time on a GPU, of all users together: enough to fill it, some 100 MB a tensor
 SEED_SCALE = 0.1  # of fresh seed vectors: small beside what they read
 
@@ -251,16 +254,16 @@ class Summarizer(nn.Module):
         pending = join(state.recent.newest(self.num_open(state)), events)
         # in main memory: what steers the loop waits for a GPU once, not at each block
         closed = (pending.lengths() // self.config.segment_events).cpu()
-        at_once = BLOCK_SEGMENTS
-        if events.item.device.type != "cpu":
-            at_once = max(at_once, GPU_BLOCK_EVENTS // (self.config.segment_events * max(len(closed), 1)))
-        memory = state.memory
         if alone:
-            return UserState(
-                state.progress.advance(events), state.recent.push(events), self._fold_alone(memory, pending, closed)
-            )
-        for start in range(0, int(closed.max()) if len(closed) else 0, at_once):
-            memory = self._fold_block(memory, pending, start, (closed - start).clamp(0, at_once))
+            memory = self._fold_alone(state.memory, pending, closed)
+        elif can_fold(self._layers, self.seeds):
+            memory = fold_closed(self._layers, self.embedding, state.memory[: len(self.layers)], pending, closed)
+            if self.sketch is not None:
+                memory = (*memory, (self._fold_sketch(state.memory[-1][0], pending, closed),))
+        else:
+            memory = state.memory
+            for start, at_once in self._blocks(closed, pending.item.device):
+                memory = self._fold_block(memory, pending, start, at_once)
         return UserState(state.progress.advance(events), state.recent.push(events), memory)
 
     def read(self, state: UserState, include_open: bool = True) -> Tensor:
@@ -308,9 +311,8 @@ class Summarizer(nn.Module):
             after.append(layer_after)
             last.append(layer_last)
         if self.sketch is not None:
-            features = self.embedding.items.features[segments.item]
-            parts = self.sketch.parts(segments.item, features, segments.timestamp_us, segments.is_valid)
-            sketch_after, sketch_last = order.scan(self.sketch.merge, memory[-1][0], parts)
+            columns = (segments.item, segments.timestamp_us, segments.is_valid)
+            sketch_after, sketch_last = self._scan_sketch(*columns, order, memory[-1][0])
             after.append((sketch_after,))
             last.append((sketch_last,))
         return tuple(after), tuple(last)
@@ -347,12 +349,41 @@ class Summarizer(nn.Module):
         self, memory: tuple[LayerMemory, ...], pending: Events, first_segment: int, num_segments: Tensor
     ) -> tuple[LayerMemory, ...]:
         """Fold segments first_segment .. of each user's pending events; num_segments (B,)."""
+        order, index = self._segment_rows(pending, first_segment, num_segments)
+        return self.fold(self.segments_of(pending, None, index), order, memory)[1]
+
+    def _segment_rows(self, pending: Events, first_segment: int, num_segments: Tensor) -> tuple[SegmentOrder, Tensor]:
+        """The order of those segments, and the rows of their events, (G, S), -1 pads."""
         size = self.config.segment_events
         order = SegmentOrder.of(num_segments)
         user = order.user.to(pending.offsets.device)
         starts = pending.offsets[user] + (first_segment + order.ordinal.to(user.device)) * size
-        index = ragged_index(starts, (pending.offsets[user + 1] - starts).clamp(max=size), size)
-        return self.fold(self.segments_of(pending, None, index), order, memory)[1]
+        return order, ragged_index(starts, (pending.offsets[user + 1] - starts).clamp(max=size), size)
+
+    def _blocks(self, closed: Tensor, device: torch.device) -> Iterator[tuple[int, Tensor]]:
+        """Segments of each user that are folded at a time, in time order: the first one, and how many (B,)."""
+        at_once = BLOCK_SEGMENTS
+        if device.type != "cpu":
+            at_once = max(at_once, GPU_BLOCK_EVENTS // (self.config.segment_events * max(len(closed), 1)))
+        for start in range(0, int(closed.max()) if len(closed) else 0, at_once):
+            yield start, (closed - start).clamp(0, at_once)
+
+    def _fold_sketch(self, running: Running, pending: Events, closed: Tensor) -> Running:
+        """The sketches (B, ...) after closed[b] segments of each user's pending events."""
+        for start, num_segments in self._blocks(closed, pending.item.device):
+            order, index = self._segment_rows(pending, start, num_segments)
+            flat = index.clamp(min=0)
+            columns = (pending.item[flat], pending.timestamp_us[flat], index >= 0)
+            running = self._scan_sketch(*columns, order, running)[1]
+        return running
+
+    def _scan_sketch(
+        self, item: Tensor, timestamp_us: Tensor, is_valid: Tensor, order: SegmentOrder, running: Running
+    ) -> tuple[Running, Running]:
+        """Segments (G, S) into sketches (B, ...): after each segment, and after all."""
+        assert self.sketch is not None
+        parts = self.sketch.parts(item, self.embedding.items.features[item], timestamp_us, is_valid)
+        return order.scan(self.sketch.merge, running, parts)
 
     def _fold_alone(self, memory: tuple[LayerMemory, ...], pending: Events, closed: Tensor) -> tuple[LayerMemory, ...]:
         """Fold closed[b] segments of each user, every one in a call of its own."""

@@ -122,6 +122,18 @@ def add_compensated(total: Tensor, residue: Tensor, part: Tensor, scale: Tensor 
     return after, steps.to(torch.int8)
 
 
+def widened(total: Tensor, residue: Tensor) -> Tensor:
+    """A compensated sum as float64, in which many parts can be added without a residue."""
+    return total.double() * (1 + residue.double() * RESIDUE_STEP) if total.dtype != torch.float64 else total.clone()
+
+
+def narrowed(wide: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The reverse: the sum rounded to ``dtype``, and what that has lost as an int8 residue (see add_compensated)."""
+    total = wide.to(dtype)
+    steps = (wide - total).div_(total).mul_(1 / RESIDUE_STEP).nan_to_num_(0.0).round_().clamp_(-127, 127)
+    return total, steps.to(torch.int8)
+
+
 def carried(x: Tensor) -> Tensor:
     """In the type memory is carried in: float32, or float64 where the model itself is (a reference for tests)."""
     return x if x.dtype == torch.float64 else x.float()

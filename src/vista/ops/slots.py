@@ -70,3 +70,20 @@ def scan_slots(order: SegmentOrder, running: Values, parts: Values) -> tuple[Val
 
         return scan(order, running, parts)
     return order.scan(merge_slots, running, parts)
+
+
+def fold_into_slots(query: Tensor, k: Tensor, v: Tensor, sums: Tensor, maximum: Tensor) -> None:
+    """Take rows k, v (U, H, n, E) of U users into running values, in place: sums (U, H, K, E + 1) float64 and maxima
+    (U, H, K). query (H, K, E). No gradient, a CPU alone.
+
+    The rows' part is (softmax-weighted values, 1), and the log-sum-exp of their logits stands where `slot_parts` has
+    the maximum: the same sums by another scale, and torch's fused attention gives both without writing a logit.
+    """
+    query = query.to(k.dtype).expand(len(k), *query.shape)
+    read, scale = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, k, v)
+    larger = torch.maximum(maximum, scale)
+    old, new = (maximum - larger).exp().double(), (scale - larger).exp().double()
+    sums *= old[..., None]
+    sums[..., :-1] += read * new[..., None]
+    sums[..., -1] += new
+    maximum.copy_(larger)

@@ -97,9 +97,14 @@ class Baseline(Model):
         read = self.by_pieces(self.read, prepared, requests, candidate_x)
         return self.head(read, candidate_x, requests)
 
-    def by_pieces(self, read: Read, rows: Rows, requests: Requests, candidate_x: Tensor) -> Tensor:
-        """``read`` for any number of requests, in pieces of a bounded size, recomputed for the gradient."""
-        numbers = max(1, self.numbers(candidate_x.shape[1], requests.recent.shape[1]))
+    def by_pieces(
+        self, read: Read, rows: Rows, requests: Requests, candidate_x: Tensor, numbers: int | None = None
+    ) -> Tensor:
+        """``read`` for any number of requests, in pieces of a bounded size, recomputed for the gradient if need be.
+
+        numbers: what ``read`` makes for one request, where that is not ``self.numbers``.
+        """
+        numbers = max(1, numbers or self.numbers(candidate_x.shape[1], requests.recent.shape[1]))
         pieces = list(in_pieces(requests, candidate_x, numbers))
         if torch.is_grad_enabled() and numbers * len(candidate_x) > NUMBERS_KEPT:
             read = partial(checkpoint, read, use_reentrant=False)

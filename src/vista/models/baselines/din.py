@@ -54,7 +54,8 @@ class WeighedUnits(torch.autograd.Function):
         pulled, of_e = torch.empty_like(matrix), torch.empty_like(e)
         scaled = matrix * scale[:, None]
         for some in _in_cache(matrix, e):
-            passed = (_units(matrix[some], e[some]) > 0) * gradient[some, :, None]
+            units = _units(matrix[some], e[some])
+            passed = torch.ops.aten.threshold_backward(gradient[some, :, None].expand_as(units), units, 0)
             flat = passed.flatten(1, 2)  # (q, C U, R)
             pulled[some] = (flat @ e[some]).view_as(pulled[some])
             torch.bmm(flat.transpose(1, 2), scaled[some].flatten(1, 2), out=of_e[some])

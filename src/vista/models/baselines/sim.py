@@ -27,13 +27,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import one_hot
 
-from vista.models.baselines.base import Baseline, Rows, Window, masked_softmax, match
+from vista.models.baselines.base import Baseline, Rows, Window, masked_softmax
 from vista.models.baselines.din import PairPooling, numbers_of_unit
 from vista.models.batch import Memory, Output, Requests, TimelineBatch
 from vista.models.embeddings import GAP_BUCKETS, SIDE_SCALE
-from vista.models.layers import aligned, norm, split_heads
+from vista.models.layers import aligned, norm
 from vista.models.ranker import SAME_ITEM_LOGIT
 
 AGE_WIDTH = 8  # A: of the vector of a time interval
@@ -63,21 +62,25 @@ class SIM(Baseline):
         if self.soft is None or not self.training:
             return Output(logits, last)
         candidate_x = self.embedding.items(batch.requests.candidate)
-        pooled = self.by_pieces(self.soft.pool, rows, batch.requests, candidate_x)
+        numbers = self.config.width * (self.config.width + candidate_x.shape[1])
+        pooled = self.by_pieces(self.soft.pool, rows, batch.requests, candidate_x, numbers)
         return Output(logits, last, auxiliary=self.soft.head(torch.cat([pooled, norm(candidate_x)], -1)).float())
 
     def read(self, rows: Rows, requests: Requests, candidate_x: Tensor) -> Tensor:
-        window, heads = Window.of(requests), self.config.num_heads
-        e, k = rows[0][window.rows], split_heads(rows[1][window.rows], heads)
-        q = split_heads(self.query(candidate_x), heads).transpose(0, 1) * k.shape[-1] ** -0.5  # (H, Q, C, E)
-        age = one_hot(window.age_bucket, GAP_BUCKETS).to(e.dtype)  # (Q, W, buckets)
-        by_age = match(q, split_heads(self.age_key(self.age.weight), heads)) @ age.transpose(1, 2)
-        logits = match(q, k) + by_age
-        logits = logits + window.is_same_item(requests) * self.same_item[:, None, None, None]
-        weight = masked_softmax(logits, self.search(rows, window, requests, candidate_x)).to(e.dtype)
-        read = torch.cat([weight @ e, (weight @ age) @ self.age.weight], -1)  # (H, Q, C, D + A)
+        window = Window.of(requests)
+        e, k = (r[window.rows] for r in rows[:2])
+        age = window.age_bucket[..., None]
+        age = e.new_zeros(*age.shape[:2], GAP_BUCKETS).scatter_(2, age, 1.0)  # (Q, W, buckets), one of them 1
+        q = self._by_head(self.query(candidate_x))  # (Q, C, H, D)
+        by_age = (q @ self.age_key(self.age.weight).T).flatten(1, 2) @ age.transpose(1, 2)  # (Q, C H, W)
+        logits = q @ k.T + by_age.view(*q.shape[:3], -1)
+        logits = logits + window.is_same_item(requests)[:, :, None] * self.same_item[:, None]
+        is_read = self.search(rows, window, requests, candidate_x)[:, :, None]
+        weight = masked_softmax(logits, is_read).to(e.dtype)
+        by_age = (weight.flatten(1, 2) @ age).view(*q.shape[:3], -1) @ self.age.weight
+        long_term = norm(torch.cat([weight @ e, by_age], -1)).flatten(2)
         newest = requests.newest(min(self.config.recent_events, requests.recent.shape[1]))
-        return torch.cat([norm(read).permute(1, 2, 0, 3).flatten(2), self.short_term(rows[0], newest, candidate_x)], -1)
+        return torch.cat([long_term, self.short_term(rows[0], newest, candidate_x)], -1)
 
     @torch.no_grad()
     def search(self, rows: Rows, window: Window, requests: Requests, candidate_x: Tensor) -> Tensor:
@@ -97,6 +100,12 @@ class SIM(Baseline):
         newest = min(self.config.recent_events, num_events)
         exact = num_events * (num_candidates * (self.config.num_heads + 1) + GAP_BUCKETS)
         return exact + numbers_of_unit(num_candidates, newest, self.config.width)
+
+    def _by_head(self, q: Tensor) -> Tensor:
+        """(..., D) to (..., H, D), scaled: zero outside a head's own E, so that one product with keys serves all."""
+        heads, width = self.config.num_heads, self.config.width // self.config.num_heads
+        own = torch.eye(heads, device=q.device, dtype=q.dtype).repeat_interleave(width, 1)
+        return q[..., None, :] * (own * width**-0.5)
 
 
 class SoftSearch(nn.Module):

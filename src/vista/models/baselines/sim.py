@@ -73,11 +73,11 @@ class SIM(Baseline):
         age = e.new_zeros(*age.shape[:2], GAP_BUCKETS).scatter_(2, age, 1.0)  # (Q, W, buckets), one of them 1
         q = self._by_head(self.query(candidate_x))  # (Q, C, H, D)
         by_age = (q @ self.age_key(self.age.weight).T).flatten(1, 2) @ age.transpose(1, 2)  # (Q, C H, W)
-        logits = q @ k.T + by_age.view(*q.shape[:3], -1)
+        logits = q @ k.T + by_age.unflatten(1, q.shape[1:3])
         logits = logits + window.is_same_item(requests)[:, :, None] * self.same_item[:, None]
         is_read = self.search(rows, window, requests, candidate_x)[:, :, None]
         weight = masked_softmax(logits, is_read).to(e.dtype)
-        by_age = (weight.flatten(1, 2) @ age).view(*q.shape[:3], -1) @ self.age.weight
+        by_age = (weight.flatten(1, 2) @ age).unflatten(1, q.shape[1:3]) @ self.age.weight
         long_term = norm(torch.cat([weight @ e, by_age], -1)).flatten(2)
         newest = requests.newest(min(self.config.recent_events, requests.recent.shape[1]))
         return torch.cat([long_term, self.short_term(rows[0], newest, candidate_x)], -1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,9 +12,9 @@ from torch.nn.functional import layer_norm, silu
 
 from tests.models.baselines.worlds import TOP_K, baseline_for, each_candidate, feed_of, raw_of
 from vista.batches.timelines import Step, TimelineWalk
-from vista.models.baselines import base, causal
-from vista.models.baselines.base import Baseline
-from vista.models.baselines.din import PairPooling
+from vista.models.baselines import base, causal, din
+from vista.models.baselines.base import Baseline, Window
+from vista.models.baselines.din import PairPooling, WeighedUnits
 from vista.models.baselines.hstu import HSTU, HSTULayer
 from vista.models.baselines.sasrec import SCORE_SCALE, SASRec, SASRecBlock
 from vista.models.baselines.sim import SIM
@@ -70,6 +71,18 @@ def naive_din(pooling: PairPooling, x, items, v, item):
         total = total + (unit.out(hidden) + unit.same_item * (int(own) == item)) * e
     read = torch.asinh(total)
     return torch.cat([read, read * norm(v)])
+
+
+@pytest.mark.parametrize("units_at_once", [din.UNITS_AT_ONCE, 1])
+def test_units_made_again_have_the_gradient_of_their_definition(units_at_once, monkeypatch):
+    monkeypatch.setattr(din, "UNITS_AT_ONCE", units_at_once)
+    draw = torch.Generator().manual_seed(0)
+    shapes = ((3, 2, 5, 4), (3, 6, 4), (5,))  # matrix, e, scale
+    given = [torch.randn(s, generator=draw, dtype=torch.float64, requires_grad=True) for s in shapes]
+    matrix, e, scale = given
+    expected = torch.einsum("qcur,u->qcr", torch.einsum("qcuf,qrf->qcur", matrix, e).relu(), scale)
+    torch.testing.assert_close(WeighedUnits.apply(matrix, e, scale), expected)
+    assert torch.autograd.gradcheck(WeighedUnits.apply, given)
 
 
 def naive_twin(model: TWIN, x, items, age_us, v, item):
@@ -167,6 +180,29 @@ def naive_hstu(model: HSTU, x, items, age_us, v, item):
             [naive_hstu_row(layer, rows, i, lambda j, i=i, layer=layer: bias(layer, i, j)) for i in range(len(rows))]
         )
     return norm(rows[-1])
+
+
+def test_a_window_is_what_each_request_knows_side_by_side():
+    """One stretch for all requests of a piece says of each event what the requests' own columns say."""
+    feed = feed_of("twin")
+    for step in TimelineWalk(feed):
+        for rows in base.close_together(step.batch.requests, 5):
+            requests = step.batch.requests.rows(rows)
+            window, own = Window.of(requests), Window.own(requests)
+            for q, known in enumerate(requests.recent.tolist()):
+                there, mine = window.is_there[q], own.is_there[q]
+                events = (torch.arange(window.rows.start, window.rows.stop)[there]).tolist()
+                assert events == [row for row in known if row >= 0]
+                for name in ("place", "item", "age_us"):
+                    assert torch.equal(getattr(window, name)[q][there], getattr(own, name)[q][mine]), name
+
+
+def test_pieces_hold_every_request_once_and_only_those_that_lie_close():
+    recent = torch.tensor([[-1, -1], [0, 1], [1, 2], [70, 71], [71, 72], [900, 901]])
+    requests = replace(next(iter(TimelineWalk(feed_of("twin")))).batch.requests.rows(slice(0, 6)), recent=recent)
+    assert list(base.close_together(requests, 100)) == [slice(0, 3), slice(3, 5), slice(5, 6)]
+    assert list(base.close_together(requests, 2)) == [slice(0, 2), slice(2, 3), slice(3, 5), slice(5, 6)]
+    assert list(base.close_together(requests.rows(slice(0, 0)), 2)) == [slice(0, 0)]
 
 
 NAIVE = {

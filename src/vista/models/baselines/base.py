@@ -2,21 +2,25 @@
 
 A baseline reads the newest ``history_events`` events before each request. Event vectors, and all projections of them,
 are made once per batch, since requests of one user share most events; what depends on both the event and the candidate
-is made per request, in pieces of requests of a bounded size. In training a piece is computed again on the way back
-instead of being kept, so that the peak does not grow with requests x candidates x events.
+is made in pieces of requests, small enough for a processor's cache. Requests of a piece lie close together, so that a
+model can read the events of all of them as one stretch (``Window``). Where training would have to keep more than a
+bounded amount, pieces are computed again on the way back, so that the peak does not grow with requests x candidates x
+events.
 
 Of ours, in all of them: event and item vectors (tied, with categories, actions and time), the head, and that a
 candidate's own item counts as such among the events (``same_item``), as it does in our ranker. So that a comparison
 shows how the history is read, and nothing else.
 
-Shape letters: N event rows, Q requests, C candidates, R raw events, T tasks, D width, H heads, F width of something.
+Shape letters: N event rows, Q requests, C candidates, R raw events, W events of a window, T tasks, D width, H heads, E
+head width, F width of something.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor, nn
@@ -34,12 +38,14 @@ from vista.models.embeddings import (
     gap_bucket,
 )
 from vista.models.head import Head
-from vista.models.layers import norm
+from vista.models.layers import norm, small_lookup
 from vista.models.model import Model
 from vista.models.ranker import POSITION_BUCKETS, SAME_ITEM_LOGIT
 from vista.schema import ContextColumn
 
-NUMBERS_PER_PIECE = 2**24  # of a piece's largest intermediates: 64 MiB each in float32, some ten of them at a time
+NUMBERS_PER_PIECE = 2**20  # of a piece's largest intermediates: 4 MiB in float32, so that they stay in a cache
+NUMBERS_KEPT = 2**25  # of all pieces' for the gradient: 128 MiB, some five times that in all; beyond, made again
+MIN_SPREAD = 64  # events by which windows of one piece may lie apart, or a quarter of a window where that is more
 
 Rows = tuple[Tensor, ...]  # (N + 1, F) each: one row per event, and a row of zeros for those that are absent
 Read = Callable[[Rows, Requests, Tensor], Tensor]
@@ -91,11 +97,16 @@ class Baseline(Model):
         read = self.by_pieces(self.read, prepared, requests, candidate_x)
         return self.head(read, candidate_x, requests)
 
-    def by_pieces(self, read: Read, rows: Rows, requests: Requests, candidate_x: Tensor) -> Tensor:
-        """``read`` for any number of requests, in pieces of a bounded size, recomputed for the gradient."""
-        numbers = self.numbers(candidate_x.shape[1], requests.recent.shape[1])
-        pieces = list(in_pieces(requests, candidate_x, max(1, numbers)))
-        if torch.is_grad_enabled() and sum(map(len, pieces)) > 1:
+    def by_pieces(
+        self, read: Read, rows: Rows, requests: Requests, candidate_x: Tensor, numbers: int | None = None
+    ) -> Tensor:
+        """``read`` for any number of requests, in pieces of a bounded size, recomputed for the gradient if need be.
+
+        numbers: what ``read`` makes for one request, where that is not ``self.numbers``.
+        """
+        numbers = max(1, numbers or self.numbers(candidate_x.shape[1], requests.recent.shape[1]))
+        pieces = list(in_pieces(requests, candidate_x, numbers))
+        if torch.is_grad_enabled() and numbers * len(candidate_x) > NUMBERS_KEPT:
             read = partial(checkpoint, read, use_reentrant=False)
         return torch.cat([torch.cat([read(rows, part, x) for part, x in piece], 1) for piece in pieces])
 
@@ -105,11 +116,9 @@ def in_pieces(requests: Requests, candidate_x: Tensor, numbers: int) -> Iterator
 
     numbers: what one request takes. A piece is a list of its parts, side by side in the candidates.
     """
-    at_once = max(1, NUMBERS_PER_PIECE // numbers)
     num_parts = -(-numbers // NUMBERS_PER_PIECE)
     columns = max(1, -(-candidate_x.shape[1] // num_parts))
-    for first in range(0, max(1, len(candidate_x)), at_once):  # no request at all: one empty piece
-        rows = slice(first, first + at_once)
+    for rows in close_together(requests, max(1, NUMBERS_PER_PIECE // numbers)):
         piece = requests.rows(rows)
         known = (piece.recent >= 0).sum(1).tolist()
         piece = piece.newest(max([1, *known]))
@@ -117,6 +126,93 @@ def in_pieces(requests: Requests, candidate_x: Tensor, numbers: int) -> Iterator
             (piece.candidates(slice(start, start + columns)), candidate_x[rows, start : start + columns])
             for start in range(0, max(1, candidate_x.shape[1]), columns)
         ]
+
+
+def close_together(requests: Requests, at_most: int) -> Iterator[slice]:
+    """Requests that follow one another, ``at_most`` together, and whose newest events lie close in the batch."""
+    size = requests.recent.shape[1]
+    newest = requests.recent[:, -1].tolist() if size else [-1] * len(requests.recent)
+    first, low, high, spread = 0, newest[0] if newest else 0, -1, max(MIN_SPREAD, size // 4)
+    for row, place in enumerate(newest):
+        low, high = min(low, place), max(high, place)
+        if row > first and (row - first == at_most or high - low > spread):
+            yield slice(first, row)
+            first, low, high = row, place, place
+    yield slice(first, len(newest))  # no request at all: one empty piece
+
+
+@dataclass(frozen=True)
+class Window:
+    """The raw events of some requests, which mostly are the same ones, as one stretch of W rows of the batch's events.
+
+    rows: the stretch; is_there (Q, W): whether a request knows the event; place (Q, W): 1 for the newest one it knows,
+    2 for the one before, 0 or less for later ones; item (Q, W) and age_us (Q, W): of the events that are there.
+    """
+
+    rows: slice
+    is_there: Tensor
+    place: Tensor
+    item: Tensor
+    age_us: Tensor
+
+    @classmethod
+    def of(cls, requests: Requests) -> Window:
+        """Of requests with at least one column of raw events."""
+        recent, size = requests.recent, requests.recent.shape[1]
+        is_event, newest = recent >= 0, recent[:, -1:]
+        if not is_event.any():
+            nothing = torch.zeros_like(newest)
+            return cls(slice(0, 1), nothing > 0, nothing, nothing, nothing)
+        first, last = int(recent[is_event].min()), int(recent.max())
+        place = 1 + newest - torch.arange(first, last + 1, device=recent.device)
+        is_there = (place > 0) & (place <= is_event.sum(1, keepdim=True))
+        column = (size - place).clamp(0, size - 1)
+        return cls(
+            slice(first, last + 1),
+            is_there,
+            place,
+            requests.recent_item.gather(1, column) * is_there,
+            (requests.timestamp_us[:, None] - requests.recent_us.gather(1, column)).clamp(min=0) * is_there,
+        )
+
+    @classmethod
+    def own(cls, requests: Requests) -> Window:
+        """Each request's own columns instead of one stretch: ``rows`` are then those of (Q, R, F), all of them."""
+        size = requests.recent.shape[1]
+        place = torch.arange(size, 0, -1, device=requests.recent.device).expand_as(requests.recent)
+        age_us = (requests.timestamp_us[:, None] - requests.recent_us).clamp(min=0)
+        return cls(slice(0, size), requests.recent >= 0, place, requests.recent_item, age_us)
+
+    def is_same_item(self, requests: Requests) -> Tensor:
+        """(Q, C, W) bool: whether an event is of the candidate's own item."""
+        return (requests.candidate[:, :, None] == self.item[:, None, :]) & self.is_there[:, None]
+
+    @cached_property
+    def age_bucket(self) -> Tensor:
+        """(Q, W): the bucket of the time from each event to the request."""
+        return gap_bucket(self.age_us)
+
+    @property
+    def place_bucket(self) -> Tensor:
+        """(Q, W): floor(log2(place))."""
+        return self.place.clamp(min=1).float().log2().floor().long()
+
+    def only(self, is_wanted: Tensor, size: int) -> Tensor:
+        """Of the events wanted (Q, C, W) that are there, the newest ``size``: (Q, C, W) bool."""
+        wanted = is_wanted & self.is_there[:, None]
+        if wanted.shape[2] <= size:
+            return wanted
+        up_to = wanted.cumsum(2, dtype=torch.int32)
+        return wanted & (up_to > up_to[:, :, -1:] - size)
+
+    @torch.no_grad()
+    def best(self, score: Tensor, size: int) -> Tensor:
+        """Of the events that are there, the ``size`` with the largest score (Q, C, W): (Q, C, W) bool."""
+        is_there = self.is_there[:, None].expand_as(score)
+        if score.shape[2] <= size:
+            return is_there
+        chosen = score.masked_fill(~is_there, -torch.inf).topk(size, -1, sorted=False).indices
+        return torch.zeros_like(score, dtype=torch.bool).scatter_(2, chosen, True) & is_there
 
 
 def with_absent(rows: Rows) -> Rows:
@@ -127,11 +223,6 @@ def with_absent(rows: Rows) -> Rows:
 def take(rows: Tensor, index: Tensor) -> Tensor:
     """rows (N + 1, F) at index (...), -1 for the absent event's, to (..., F)."""
     return embedding(torch.where(index < 0, len(rows) - 1, index), rows)
-
-
-def along(values: Tensor, chosen: Tensor) -> Tensor:
-    """values (Q, R) at places chosen (Q, C, k), to (Q, C, k)."""
-    return values[:, None].expand(-1, chosen.shape[1], -1).gather(2, chosen)
 
 
 def masked_softmax(logits: Tensor, is_there: Tensor) -> Tensor:
@@ -146,19 +237,18 @@ def beside_product(read: Tensor, candidate_x: Tensor) -> Tensor:
     return torch.cat([read, read * norm(candidate_x)], -1)
 
 
-def is_same_item(requests: Requests) -> Tensor:
-    """(Q, C, R) bool: whether an event is of the candidate's own item."""
-    return requests.candidate[:, :, None] == requests.recent_item[:, None, :]
+def match(q: Tensor, k: Tensor) -> Tensor:
+    """Logits (H, Q, C, W) of q (H, Q, C, E) and k: (H, W, E) of one stretch for all, or (H, Q, W, E), an own each."""
+    if k.ndim == 4:
+        return q @ k.transpose(-2, -1)
+    return (q.flatten(1, 2) @ k.transpose(-2, -1)).unflatten(1, q.shape[1:3])
 
 
-def age_bucket(requests: Requests) -> Tensor:
-    """(Q, R): the bucket of the time from each event to the request."""
-    return gap_bucket((requests.timestamp_us[:, None] - requests.recent_us).clamp(min=0))
-
-
-def place_bucket(num_events: int, device: torch.device) -> Tensor:
-    """(R,): floor(log2(place)), where the newest event's place is 1."""
-    return torch.arange(num_events, 0, -1, device=device).float().log2().floor().long()
+def weigh(weight: Tensor, v: Tensor) -> Tensor:
+    """What weights (H, Q, C, W) make of v, as ``match`` has k: (H, Q, C, E)."""
+    if v.ndim == 4:
+        return weight @ v
+    return (weight.flatten(1, 2) @ v).unflatten(1, weight.shape[1:3])
 
 
 class SideBias(nn.Module):
@@ -172,6 +262,7 @@ class SideBias(nn.Module):
         nn.init.zeros_(self.age.weight)
         nn.init.zeros_(self.place.weight)
 
-    def forward(self, age: Tensor, place: Tensor, is_same: Tensor) -> Tensor:
-        """Buckets and is_same of shapes that broadcast to (...), to (..., H)."""
-        return self.age(age) + self.place(place) + is_same[..., None] * self.same_item
+    def forward(self, window: Window, is_same: Tensor) -> Tensor:
+        """With is_same (Q, C, W), the bias (H, Q, C, W)."""
+        sides = small_lookup(self.age.weight, window.age_bucket) + small_lookup(self.place.weight, window.place_bucket)
+        return sides[:, :, None] + is_same * self.same_item[:, None, None, None]

@@ -26,8 +26,14 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from vista.models.baselines.base import NUMBERS_PER_PIECE, Baseline, Rows, take, with_absent
-from vista.models.batch import Memory, Requests, TimelineBatch
+from vista.models.baselines.base import (
+    NUMBERS_KEPT,
+    NUMBERS_PER_PIECE,
+    Baseline,
+    Rows,
+    with_absent,
+)
+from vista.models.batch import Memory, TimelineBatch
 from vista.models.embeddings import GAP_BUCKETS
 from vista.models.inputs import US_PER_S, Events, ragged_index
 
@@ -110,15 +116,11 @@ def time_bucket(apart_us: Tensor) -> Tensor:
 
 
 class CausalBaseline(Baseline):
-    """A baseline that encodes events causally. A family says how: ``encode`` and ``read_encoded``."""
+    """A baseline that encodes events causally. A family says how: ``encode`` and ``read``."""
 
     @abstractmethod
     def encode(self, x: Tensor, of: Stretches) -> Rows:
         """Event vectors (B, n, D) to what candidates read of each, (B, n, F) each."""
-
-    @abstractmethod
-    def read_encoded(self, windows: Rows, requests: Requests, candidate_x: Tensor) -> Tensor:
-        """What candidates read, (Q, C, read_width), of encoded windows (Q, R, F)."""
 
     def project(self, event_x: Tensor) -> Rows:
         return (event_x,)
@@ -130,27 +132,21 @@ class CausalBaseline(Baseline):
         event_x = self.embedding(events.item, events.action, events.timestamp_us, events.gap_us)
         return with_absent(self.encode_lanes(event_x, events)), ()
 
-    def read(self, rows: Rows, requests: Requests, candidate_x: Tensor) -> Tensor:
-        if self.training:
-            windows = tuple(take(r, requests.recent) for r in rows)
-        else:
-            of = Stretches(requests.recent_us, requests.recent >= 0, self.config.history_events)
-            windows = self.encode(take(rows[0], requests.recent), of)
-        return self.read_encoded(windows, requests, candidate_x)
-
     def encode_lanes(self, event_x: Tensor, events: Events) -> Rows:
         """Each lane's events as one stretch: event vectors (N, D) to (N, F) each. Lanes of like length go together."""
         lengths = events.lengths()
         order = lengths.argsort(descending=True, stable=True)
         order = order[: max(1, int((lengths > 0).sum()))]
+        keeps = self.config.encoder_layers * self._numbers_of_pairs(lengths) <= NUMBERS_KEPT
         encoded, places = [], []
         while len(order):
             width = int(lengths[order[0]])
-            at_once = max(1, NUMBERS_PER_PIECE // max(1, self.numbers_of_encoding(width)))
+            numbers = max(1, self.numbers_of_encoding(width))
+            at_once = max(1, NUMBERS_PER_PIECE // numbers)
             lanes, order = order[:at_once], order[at_once:]
             index = ragged_index(events.offsets[lanes], lengths[lanes], width)
             is_there, flat = index >= 0, index.clamp(min=0)
-            of = Stretches(events.timestamp_us[flat], is_there, self.config.history_events)
+            of = Stretches(events.timestamp_us[flat], is_there, self.config.history_events, keeps=keeps)
             encoded.append([rows[is_there] for rows in self.encode(event_x[flat], of)])
             places.append(index[is_there])
         back = torch.cat(places).argsort()
@@ -160,3 +156,8 @@ class CausalBaseline(Baseline):
         """How many numbers the largest tensors of ``encode`` have together, for one stretch."""
         keys = min(num_rows, self.config.history_events + BLOCK_ROWS)
         return self.config.num_heads * min(num_rows, BLOCK_ROWS) * keys + 4 * self.config.width * num_rows
+
+    def _numbers_of_pairs(self, lengths: Tensor) -> int:
+        """Logits of all pairs of rows that blocks make for stretches of these lengths, in one layer."""
+        keys = lengths.clamp(max=self.config.history_events + BLOCK_ROWS)
+        return self.config.num_heads * int((lengths * keys).sum())

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn.functional import layer_norm, silu
 
 from vista.config import ModelConfig
-from vista.models.baselines.base import Rows, age_bucket, is_same_item
+from vista.models.baselines.base import Rows, Window, match, take, weigh
 from vista.models.baselines.causal import Block, CausalBaseline, Stretches, attend_in_blocks
 from vista.models.batch import Requests
 from vista.models.embeddings import GAP_BUCKETS
@@ -71,25 +71,34 @@ class HSTULayer(nn.Module):
 
         def attend(block: Block) -> Tensor:
             logits = q[:, :, block.rows] @ k[:, :, block.keys].transpose(-2, -1)
-            by_time = small_lookup(self.time.weight, block.time_bucket).transpose(0, 1)
-            logits = logits + (self.distance(block.distance).permute(2, 0, 1) + by_time)
+            by_time = small_lookup(self.time.weight, block.time_bucket)
+            logits = logits + (small_lookup(self.distance.weight, block.distance)[:, None] + by_time).transpose(0, 1)
             return self._weigh(logits, block.is_seen).to(v.dtype) @ v[:, :, block.keys]
 
         return self.finish(x[:, first:], join_heads(attend_in_blocks(attend, of, first)), u[:, first:])
 
-    def read(self, x: Tensor, history: tuple[Tensor, Tensor], requests: Requests, age: Tensor) -> Tensor:
-        """Candidate rows (Q, C, D), values and keys of the history (Q, R, D) and ages (Q, R), to the next layer's."""
+    def read(self, x: Tensor, history: tuple[Tensor, Tensor], window: Window, is_same: Tensor) -> Tensor:
+        """Candidate rows (Q, C, D) to the next layer's.
+
+        history: values and keys of a window's events, (W, D), or (Q, R, D) where each request has its own; is_same
+        (Q, C, W).
+        """
         heads = self.config.num_heads
         u, *own = self.split(x)
-        v, q, k = (split_heads(t, heads) for t in own)  # (Q, H, C, E)
+        v, q, k = (split_heads(t, heads).transpose(0, 1) for t in own)  # (H, Q, C, E)
         history_v, history_k = (split_heads(t, heads) for t in history)
-        place = torch.arange(age.shape[1], 0, -1, device=age.device)
-        bias = (self.distance(place) + self.time(age)).transpose(1, 2)[:, :, None]  # (Q, H, 1, R)
-        bias = bias + is_same_item(requests)[:, None] * self.same_item[:, None, None]
-        weight = self._weigh(q @ history_k.transpose(-2, -1) + bias, (requests.recent >= 0)[:, None, None])
-        on_self = (q * k).sum(-1, keepdim=True) + (self.distance.weight[0] + self.time.weight[AT_ONCE])[:, None, None]
-        attended = weight.to(v.dtype) @ history_v + self._weigh(on_self, torch.ones_like(on_self)).to(v.dtype) * v
-        return self.finish(x, join_heads(attended), u)
+        if history_v.ndim == 4:  # (Q, H, R, E)
+            history_v, history_k = history_v.transpose(0, 1), history_k.transpose(0, 1)
+        place = window.place.clamp(0, self.config.history_events)
+        bias = small_lookup(self.distance.weight, place) + small_lookup(self.time.weight, window.age_bucket)
+        logits = match(q, history_k) + bias[:, :, None] + is_same * self.same_item[:, None, None, None]
+        weight = self._weigh(logits, window.is_there[:, None])
+        on_self = (q * k).sum(-1, keepdim=True) + (self.distance.weight[0] + self.time.weight[AT_ONCE])[
+            :, None, None, None
+        ]
+        attended = weigh(weight.to(v.dtype), history_v)
+        attended = attended + self._weigh(on_self, torch.ones_like(on_self)).to(v.dtype) * v
+        return self.finish(x, attended.permute(1, 2, 0, 3).flatten(2), u)
 
     def _weigh(self, logits: Tensor, is_seen: Tensor) -> Tensor:
         return silu(logits) * is_seen / self.config.history_events
@@ -124,16 +133,26 @@ class HSTU(CausalBaseline):
                 x = layer(x, parts, of)
         return tuple(rows)
 
-    def read_encoded(self, windows: Rows, requests: Requests, candidate_x: Tensor) -> Tensor:
-        x, age = candidate_x + self.target, age_bucket(requests)
+    def read(self, rows: Rows, requests: Requests, candidate_x: Tensor) -> Tensor:
+        if self.training:
+            window = Window.of(requests)
+            return self._read_encoded(tuple(r[window.rows] for r in rows), window, requests, candidate_x)
+        of = Stretches(requests.recent_us, requests.recent >= 0, self.config.history_events)
+        encoded = self.encode(take(rows[0], requests.recent), of)
+        return self._read_encoded(encoded, Window.own(requests), requests, candidate_x)
+
+    def _read_encoded(self, rows: Rows, window: Window, requests: Requests, candidate_x: Tensor) -> Tensor:
+        x, is_same = candidate_x + self.target, window.is_same_item(requests)
         for depth, layer in enumerate(self._layers):
-            x = layer.read(x, (windows[2 * depth], windows[2 * depth + 1]), requests, age)
+            x = layer.read(x, (rows[2 * depth], rows[2 * depth + 1]), window, is_same)
         return norm(x)
 
     def numbers(self, num_candidates: int, num_events: int) -> int:
+        reading = num_candidates * len(self.layers) * (self.config.num_heads + 1) * num_events
+        if self.training:
+            return reading
         kept = 2 * len(self.layers) * num_events * self.config.width
-        reading = kept + num_candidates * self.config.num_heads * num_events
-        return reading if self.training else reading + self.numbers_of_encoding(num_events)
+        return reading + kept + self.numbers_of_encoding(num_events)
 
     @property
     def _layers(self) -> list[HSTULayer]:

@@ -25,7 +25,7 @@ from vista.config import ModelConfig
 from vista.models.baselines.base import Rows, beside_product, take
 from vista.models.baselines.causal import Block, CausalBaseline, Stretches, attend_in_blocks
 from vista.models.batch import Requests
-from vista.models.layers import join_heads, split_heads
+from vista.models.layers import join_heads, small_lookup, split_heads
 
 SCORE_SCALE = 0.1  # of a fresh model's r . M: untrained items must not outweigh the head
 
@@ -51,7 +51,7 @@ class SASRecBlock(nn.Module):
 
         def attend(block: Block) -> Tensor:
             logits = q[:, :, block.rows] @ k[:, :, block.keys].transpose(-2, -1) * q.shape[-1] ** -0.5
-            logits = logits + self.distance(block.distance).permute(2, 0, 1)
+            logits = logits + small_lookup(self.distance.weight, block.distance)
             weight = logits.masked_fill(~block.is_seen, -torch.inf).float().softmax(-1)
             return weight.to(v.dtype) @ v[:, :, block.keys]
 
@@ -90,11 +90,7 @@ class SASRec(CausalBaseline):
             newest = take(rows[0], requests.recent[:, -1:])
         else:
             newest = self._encode_newest(take(rows[0], requests.recent), requests)
-        return self.read_encoded((newest,), requests, candidate_x)
-
-    def read_encoded(self, windows: Rows, requests: Requests, candidate_x: Tensor) -> Tensor:
-        is_any = requests.recent[:, -1:] >= 0
-        newest = windows[0][:, -1:] * is_any[..., None]
+        newest = newest * (requests.recent[:, -1:] >= 0)[..., None]
         return beside_product(newest.expand_as(candidate_x), candidate_x)
 
     def numbers(self, num_candidates: int, num_events: int) -> int:

@@ -16,8 +16,11 @@ by sqrt(E), the candidate's own item has a bias, heads are normed, U_r goes thro
 DIN over the newest ``recent_events``, since a GRU is a peer of the search in no comparison we make. Beside it, the
 parts named in ``base``.
 
-Shape letters: N event rows, Q requests, C candidates, R raw events, k events chosen, T tasks, D width, H heads, E head
-width, A width of the time embedding.
+The exact stage weighs all raw events and leaves out what was not found: fetching k events for each candidate costs more
+than it saves as long as k D > R H.
+
+Shape letters: N event rows, Q requests, C candidates, R raw events, W events of a window, k events chosen, T tasks, D
+width, H heads, E head width, A width of the time embedding.
 """
 
 from __future__ import annotations
@@ -25,15 +28,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from vista.models.baselines.base import (
-    Baseline,
-    Rows,
-    age_bucket,
-    along,
-    is_same_item,
-    masked_softmax,
-    take,
-)
+from vista.models.baselines.base import Baseline, Rows, Window, masked_softmax
 from vista.models.baselines.din import PairPooling, numbers_of_unit
 from vista.models.batch import Memory, Output, Requests, TimelineBatch
 from vista.models.embeddings import GAP_BUCKETS, SIDE_SCALE
@@ -44,7 +39,7 @@ AGE_WIDTH = 8  # A: of the vector of a time interval
 
 
 class SIM(Baseline):
-    """Cost of a request: hard C x R comparisons, soft C x R dot products of width D; then C x k of them, exact."""
+    """Cost of a request: hard C x R comparisons, soft C x R dot products of width D; then C x R of them, exact."""
 
     def build(self) -> None:
         config = self.config
@@ -67,36 +62,34 @@ class SIM(Baseline):
         if self.soft is None or not self.training:
             return Output(logits, last)
         candidate_x = self.embedding.items(batch.requests.candidate)
-        pooled = self.by_pieces(self.soft.pool, rows, batch.requests, candidate_x)
+        numbers = self.config.width * (self.config.width + candidate_x.shape[1])
+        pooled = self.by_pieces(self.soft.pool, rows, batch.requests, candidate_x, numbers)
         return Output(logits, last, auxiliary=self.soft.head(torch.cat([pooled, norm(candidate_x)], -1)).float())
 
     def read(self, rows: Rows, requests: Requests, candidate_x: Tensor) -> Tensor:
-        with torch.no_grad():
-            chosen, is_there = self.search(rows, requests, candidate_x)
-        index = along(requests.recent, chosen).masked_fill(~is_there, -1)
-        e = take(rows[0], index)  # (Q, C, k, D)
-        age = along(age_bucket(requests), chosen)
-        k = self._heads(take(rows[1], index) + nn.functional.embedding(age, self.age_key(self.age.weight)))
-        q = self._heads(self.query(candidate_x))
-        logits = torch.einsum("qche,qckhe->qckh", q, k) * q.shape[-1] ** -0.5
-        logits = logits + is_same_item(requests).gather(2, chosen)[..., None] * self.same_item
-        weight = masked_softmax(logits.transpose(2, 3), is_there[:, :, None]).to(e.dtype)
-        long_term = norm(weight @ torch.cat([e, self.age(age)], -1)).flatten(2)
+        window = Window.of(requests)
+        e, k = (r[window.rows] for r in rows[:2])
+        age = window.age_bucket[..., None]
+        age = e.new_zeros(*age.shape[:2], GAP_BUCKETS).scatter_(2, age, 1.0)  # (Q, W, buckets), one of them 1
+        q = self._by_head(self.query(candidate_x))  # (Q, C, H, D)
+        by_age = (q @ self.age_key(self.age.weight).T).flatten(1, 2) @ age.transpose(1, 2)  # (Q, C H, W)
+        logits = q @ k.T + by_age.unflatten(1, q.shape[1:3])
+        logits = logits + window.is_same_item(requests)[:, :, None] * self.same_item[:, None]
+        is_read = self.search(rows, window, requests, candidate_x)[:, :, None]
+        weight = masked_softmax(logits, is_read).to(e.dtype)
+        by_age = (weight.flatten(1, 2) @ age).unflatten(1, q.shape[1:3]) @ self.age.weight
+        long_term = norm(torch.cat([weight @ e, by_age], -1)).flatten(2)
         newest = requests.newest(min(self.config.recent_events, requests.recent.shape[1]))
         return torch.cat([long_term, self.short_term(rows[0], newest, candidate_x)], -1)
 
-    def search(self, rows: Rows, requests: Requests, candidate_x: Tensor) -> tuple[Tensor, Tensor]:
-        """Places of the k best events among the raw ones, and whether they are events and were found, (Q, C, k)."""
-        k = min(self.config.top_k, requests.recent.shape[1])
+    @torch.no_grad()
+    def search(self, rows: Rows, window: Window, requests: Requests, candidate_x: Tensor) -> Tensor:
+        """Whether an event is among the k that are read for a candidate, (Q, C, W)."""
         if self.soft is not None:
-            score = self.soft.score(rows, requests, candidate_x)
-            chosen = score.masked_fill((requests.recent < 0)[:, None], -torch.inf).topk(k, -1).indices
-            return chosen, along(requests.recent, chosen) >= 0
-        wanted, category = self.category(requests.candidate), self.category(requests.recent_item)
+            return window.best(self.soft.score(rows, window, candidate_x), self.config.top_k)
+        wanted, category = self.category(requests.candidate), self.category(window.item)
         is_found = (wanted[:, :, None] == category[:, None]) & (category > 0)[:, None]
-        place = torch.arange(1, category.shape[1] + 1, device=category.device)
-        newest = (is_found * place).topk(k, -1)
-        return newest.indices, newest.values > 0
+        return window.only(is_found, self.config.top_k)
 
     def category(self, item: Tensor) -> Tensor:
         """What hard search compares: 0 for nothing."""
@@ -104,12 +97,15 @@ class SIM(Baseline):
         return features[item, 0] if features.shape[1] else item
 
     def numbers(self, num_candidates: int, num_events: int) -> int:
-        chosen, newest = min(self.config.top_k, num_events), min(self.config.recent_events, num_events)
-        exact = num_candidates * (num_events + chosen * (2 * self.config.width + AGE_WIDTH))
-        return exact + num_events * self.config.width + numbers_of_unit(num_candidates, newest, self.config.width)
+        newest = min(self.config.recent_events, num_events)
+        exact = num_events * (num_candidates * (self.config.num_heads + 1) + GAP_BUCKETS)
+        return exact + numbers_of_unit(num_candidates, newest, self.config.width)
 
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.config.num_heads, -1))
+    def _by_head(self, q: Tensor) -> Tensor:
+        """(..., D) to (..., H, D), scaled: zero outside a head's own E, so that one product with keys serves all."""
+        heads, width = self.config.num_heads, self.config.width // self.config.num_heads
+        own = torch.eye(heads, device=q.device, dtype=q.dtype).repeat_interleave(width, 1)
+        return q[..., None, :] * (own * width**-0.5)
 
 
 class SoftSearch(nn.Module):
@@ -120,11 +116,14 @@ class SoftSearch(nn.Module):
         self.query, self.key = aligned(width), aligned(width)
         self.head = nn.Sequential(nn.Linear(2 * width, head_width), nn.SiLU(), nn.Linear(head_width, num_tasks))
 
-    def score(self, rows: Rows, requests: Requests, candidate_x: Tensor) -> Tensor:
-        """r (Q, C, R)."""
-        return self.query(candidate_x) @ take(rows[2], requests.recent).transpose(1, 2)
+    def score(self, rows: Rows, window: Window, candidate_x: Tensor) -> Tensor:
+        """r (Q, C, W)."""
+        return self.query(candidate_x) @ rows[2][window.rows].T
 
     def pool(self, rows: Rows, requests: Requests, candidate_x: Tensor) -> Tensor:
         """arsinh(U_r), (Q, C, D): the sum over events is one matrix per request, whatever the candidate."""
-        matrix = take(rows[2], requests.recent).transpose(1, 2) @ take(rows[0], requests.recent)
+        window = Window.of(requests)
+        k, e = rows[2][window.rows], rows[0][window.rows]
+        of_each = (k[:, :, None] * e[:, None]).flatten(1)  # (W, D D)
+        matrix = (window.is_there.to(e.dtype) @ of_each).unflatten(1, (k.shape[1], e.shape[1]))
         return torch.asinh(self.query(candidate_x) @ matrix)

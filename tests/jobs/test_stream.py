@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import signal
+import socket
 import time
+import urllib.request
 from contextlib import suppress
 from pathlib import Path
 
@@ -22,6 +25,7 @@ from vista.jobs.parse import NoEvent, event_of
 from vista.jobs.pending import Cadence
 from vista.jobs.sources.contract import open_source, partition_of
 from vista.jobs.sources.directory import DirectoryLog
+from vista.jobs.stream import Stream, StreamOptions
 from vista.jobs.stream_status import stream_status
 from vista.models.batch import flatten
 from vista.models.inputs import Events
@@ -248,8 +252,6 @@ def _status(source: str, store: str):
 
 
 def test_a_partition_taken_over_is_given_up(tmp_path, dead):
-    from vista.jobs.stream import Stream, StreamOptions
-
     DirectoryLog(tmp_path / "log").append(events_of(11, 30))
     with open_source(f"dir:{tmp_path / 'log'}") as log, open_store(f"memory:{tmp_path}") as store:
         options = StreamOptions(dead_letters=dead, begin=True, until_end=True, quiet=True)
@@ -267,6 +269,45 @@ def test_metrics_say_what_was_done(tmp_path, dead):
     assert 'vista_stream_entries_total{outcome="applied"} 30\n' in text
     assert 'vista_stream_lag_events{partition="0"} 0\n' in text
     assert "vista_stream_freshness_seconds_count 5\n" in text
+
+
+def test_a_scrape_of_a_running_stream_shows_lag_and_freshness(tmp_path, dead):
+    """At work: with entries behind it before its first micro-batch, none after it. Then the port is free again."""
+    log = DirectoryLog(tmp_path / "log")
+    log.append(events_of(12, 30, misorder=False))
+    with open_source(f"dir:{tmp_path / 'log'}") as source, open_store(f"memory:{tmp_path}") as store:
+        made = Stream(RUN, store, source, StreamOptions(dead, begin=True, metrics_port=0, quiet=True))
+        scrapes: list[str] = []
+        made._gather = lambda gather=made._gather: (scrapes.append(scrape(made.metrics.port)), gather())[1]
+        looked = made._report
+        made._report = lambda is_last=False: (looked(True), len(scrapes) > 1 and made.stop.set())[0]
+        made.go()
+    before, after = scrapes
+    assert 'vista_stream_lag_events{partition="0"} 30\n' in before
+    assert float(re.search(r'lag_seconds\{partition="0"\} (\S+)', before)[1]) > 0
+    assert "vista_stream_arrival_freshness_seconds_count 0\n" in before
+    assert 'vista_stream_lag_events{partition="0"} 0\n' in after
+    assert 'vista_stream_lag_seconds{partition="0"} 0\n' in after
+    assert "vista_stream_arrival_freshness_seconds_count 5\n" in after  # of five users
+    assert float(re.search(r"arrival_freshness_seconds_sum (\S+)", after)[1]) > 0
+    with pytest.raises(OSError, match="refused"):
+        scrape(made.metrics.port)
+
+
+def scrape(port: int | None) -> str:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+        assert answer.headers["Content-Type"].startswith("text/plain; version=0.0.4")
+        return answer.read().decode()
+
+
+def test_a_port_in_use_is_an_error_that_names_it(tmp_path, dead):
+    DirectoryLog(tmp_path / "log").append(events_of(12, 3))
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"--metrics-port {port}: cannot be listened to"):
+            stream(f"dir:{tmp_path / 'log'}", f"memory:{tmp_path}", dead, until_end=True, metrics_port=port)
 
 
 # -- bad input

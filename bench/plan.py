@@ -40,6 +40,7 @@ USERS, SHORT, LONG = 128, 64, 1024  # folded together: users, and their events
 FEW, MANY = 1, 16  # events of each user in a micro-batch
 BATCHES = {FEW: 16, MANY: 4}  # micro-batches of each kind
 BATCH, READS = 64, 32  # users read together, such batches
+NOTHING = 1e-3  # where a line's slope or height comes out at nothing, or below
 Numbers = dict[str, float]
 
 
@@ -138,7 +139,7 @@ def main() -> None:
     torch.set_num_threads(1)
     run = load_run(arguments.run) if arguments.run is not None else fresh_run(resolve(arguments.size))
     found = [measure(run, arguments.codec) for _ in range(arguments.repeats)]
-    columns = {name: [numbers[name] for numbers in found] for name in found[0]}
+    columns = {name: [max(numbers[name], NOTHING) for numbers in found] for name in found[0]}
     print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}, one thread, {run.folder}, "
           f"codec {arguments.codec}")  # fmt: skip
     print(" ".join(f"--{n.replace('_', '-')} {statistics.median(c):.4g}" for n, c in columns.items()))

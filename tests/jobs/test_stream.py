@@ -261,6 +261,56 @@ def test_a_partition_taken_over_is_given_up(tmp_path, dead):
             first.go()
 
 
+def test_who_was_taken_over_in_the_midst_of_a_micro_batch_writes_nothing(tmp_path, dead):
+    """The other one has streamed the whole log between this one's reading and its writing: nothing of it is lost."""
+    DirectoryLog(tmp_path / "log").append(events_of(11, 60, misorder=False))
+    source, wanted = f"dir:{tmp_path / 'log'}", f"memory:{tmp_path} alone"
+    stream(source, wanted, dead, until_end=True)
+    with open_source(source) as log, open_store(f"memory:{tmp_path}") as store:
+        first = Stream(RUN, store, log, StreamOptions(dead, begin=True, until_end=True, max_events=10, quiet=True))
+        commit = store.commit
+
+        def late(*arguments):
+            store.commit = commit
+            stream(source, f"memory:{tmp_path}", dead, until_end=True)
+            return commit(*arguments)
+
+        store.commit = late
+        with pytest.raises(ConfigError, match="another process streams it since"):
+            first.go()
+    assert contents(f"memory:{tmp_path}") == contents(wanted)
+
+
+def test_processes_share_a_log_by_partitions_into_one_store(tmp_path, dead):
+    """Two at once; a third one that wants a partition of theirs takes it over, and theirs ends with an error."""
+    log, source, store = DirectoryLog(tmp_path / "log", 4), f"dir:{tmp_path / 'log'}", str(tmp_path / "store")
+    events = events_of(14, 300, num_users=20)
+    log.append(events[:150])
+    workers = [start(source, store, tmp_path / f"dead{n}", partitions=n) for n in ([0, 1], [2, 3])]
+    try:
+        for worker in workers:
+            worker.stdout.readline()
+        log.append(events[150:])
+        end_s = time.monotonic() + 120
+        while time.monotonic() < end_s and (
+            len(rows := _status(source, store)) < 4 or sum(row.num_behind for row in rows)
+        ):
+            time.sleep(0.1)
+        stream(source, store, dead, until_end=True, partitions=(1,))
+        log.append([{"user_id": n, "item_id": 1, "timestamp_us": START_US + 10**12} for n in range(20)])
+        assert workers[0].wait(60) == 1, "its partition 1 was taken over"
+        workers[1].send_signal(signal.SIGTERM)
+        assert workers[1].wait(60) == 0
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.wait()
+            worker.stdout.close()
+    stream(source, store, dead, until_end=True)
+    stream(source, f"memory:{tmp_path}", dead, until_end=True)
+    assert contents(store) == contents(f"memory:{tmp_path}")
+
+
 def test_metrics_say_what_was_done(tmp_path, dead):
     DirectoryLog(tmp_path / "log").append(events_of(12, 30, misorder=False))
     file = tmp_path / "metrics.prom"

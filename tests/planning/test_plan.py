@@ -20,7 +20,7 @@ from vista.planning.rates import MEASURED, RATE_NAMES, Rates, rates_for
 from vista.planning.sizes import UserBytes, fresh_run, kept_bytes, user_bytes
 
 DOCS = Path(__file__).parents[2] / "docs"
-RATES = Rates(bulk_event_us=10, bulk_user_ms=1, refresh_ms=2, refresh_event_us=100, read_us=50, write_amplification=1.5)
+RATES = Rates(bulk_event_us=10, bulk_user_ms=1, refresh_ms=2, refresh_event_us=100, write_amplification=1.5, read_us=50)
 BYTES = UserBytes(tokens=4_000, state=10_000, event=100)
 DEMAND = Demand(users=864e5, events_per_day=10, history=1_000, requests_per_day=20, refresh_s=86_400, peak=1)
 
@@ -66,12 +66,12 @@ def test_a_plan_for_lmdb_by_hand():
         "histories": 864e5 * 1_000 * 14 / 1e12, "events": 1e4, "refreshes": per_s,
         "refresh cores": 2 * (per_s * 2e-3 + 1e4 * 1e-4), "refresh disk": per_s * 14_000 * 2 * 1.5 / 1e9,
         "refresh network": 1e4 * 100 * 2 / 1e9, "reads": 2e4, "read cores": 1.0, "read network": 0.0,
-        "core hours": (864e5 * 1_000 * 1e-5 + 864e5 * 1e-3) / 3_600, "written": 864e5 * 14_000 * 2 / 1e12,
+        "core hours": (864e5 * 1_000 * 1e-5 + 864e5 * 1e-3) / 3_600, "records written": 864e5 * 14_000 * 2 / 1e12,
     }  # fmt: skip
     for name, value in expected.items():
         assert made.value(name) == pytest.approx(value), name
     assert made.value("stored") == made.value("tokens") + made.value("states")
-    assert made.machines == {"room": 3, "disk writes": 5, "cores": 1, "network": 1}
+    assert made.machines == {"replicas": 2, "room": 3, "disk writes": 5, "cores": 1, "network": 1}
     assert (made.num_machines, made.bound_by) == (5, "disk writes")
     assert made.value("on these machines") == pytest.approx(made.value("core hours") / 50)
 

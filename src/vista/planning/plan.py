@@ -110,13 +110,13 @@ def make_plan(demand: Demand, user: UserBytes, rates: Rates, machine: Machine, g
 def _stored(demand: Demand, user: UserBytes) -> list[Line]:
     each = {kind: kept_bytes(demand.engine, getattr(user, kind)) for kind in ("tokens", "state")}
     all_users = demand.users * demand.replicas
-    where = "disk" if demand.engine == "lmdb" else "memory"
+    where = "on disk" if demand.engine == "lmdb" else "in memory"
     return [
         Line("tokens record", user.tokens / KB, "kB", "of a user, encoded"),
         Line("state record", user.state / KB, "kB", "of a user, encoded"),
         Line("tokens", all_users * each["tokens"] / TB, "TB", f"users x replicas x {each['tokens']:,} bytes kept"),
         Line("states", all_users * each["state"] / TB, "TB", f"users x replicas x {each['state']:,} bytes kept"),
-        Line("stored", all_users * sum(each.values()) / TB, "TB", f"both, in {where}"),
+        Line("stored", all_users * sum(each.values()) / TB, "TB", f"both, {where}"),
         Line("histories", demand.users * demand.history * HISTORY_BYTES / TB, "TB",
              f"users x history x {HISTORY_BYTES} bytes: prepared data, for a new model version"),
     ]  # fmt: skip
@@ -162,6 +162,7 @@ def _machines(demand: Demand, plan: Plan, machine: Machine) -> dict[str, int]:
     place = machine.disk_tb if demand.engine == "lmdb" else machine.memory_gb * GB / TB
     network = (plan.value("refresh network") + plan.value("read network")) * BITS
     needed = {
+        "replicas": demand.replicas,
         "room": plan.value("stored") / place,
         "disk writes": plan.value("refresh disk") * peak / machine.disk_gb_per_s,
         "cores": (plan.value("refresh cores") + plan.value("read cores")) * peak / machine.cores,

@@ -16,20 +16,20 @@ from vista.errors import ConfigError
 
 @dataclass(frozen=True)
 class Rates:
-    """Of one model, on one core (all but the last in processor time).
+    """Of one model, on one core; processor time but for bytes; in the order in which bench/plan.py prints them.
 
     bulk_event_us, bulk_user_ms: `vista summarize` takes so much per event of a history and beside that per user;
     refresh_ms, refresh_event_us: `vista stream` takes so much per user with new events in a micro-batch (state read,
-    state and tokens written) and beside that per event; read_us: a user's tokens read from the store and decoded, 64
-    users at a time; write_amplification: bytes that LMDB writes per byte of record, in these micro-batches.
+    state and tokens written) and beside that per event; write_amplification: bytes that LMDB writes per byte of record,
+    in these micro-batches; read_us: a user's tokens read from the store and decoded, 64 users at a time.
     """
 
     bulk_event_us: float
     bulk_user_ms: float
     refresh_ms: float
     refresh_event_us: float
-    read_us: float
     write_amplification: float
+    read_us: float
 
     def __post_init__(self) -> None:
         """Raises ConfigError for a rate that none can be."""
@@ -41,7 +41,11 @@ class Rates:
 
 RATE_NAMES = tuple(f.name for f in fields(Rates))
 
-MEASURED: dict[str, Rates] = {}
+MEASURED = {
+    "tiny": Rates(2.196, 0.1375, 0.456, 120.4, 1.239, 17.42),
+    "small": Rates(9.721, 0.2953, 0.6253, 75.19, 1.05, 21.68),
+    "base": Rates(60, 0.5, 2, 200, 1.02, 50),
+}
 
 COST_SETTINGS = (
     "attention", "memory", "segment_events", "num_layers", "num_seeds", "width", "num_heads", "sketch_slots",

@@ -36,7 +36,7 @@ from vista.store.contract import SummaryStore, open_store
 from vista.store.record import CODECS, decode_tokens, encode, unpack, user_key
 from vista.updates.apply import UpdateOptions
 
-USERS, SHORT, LONG = 128, 64, 1024  # folded together: users, and their events
+USERS, SHORT, LONG = 128, 1, 8  # folded together: users, and the segments of their histories
 FEW, MANY = 1, 16  # events of each user in a micro-batch
 BATCHES = {FEW: 16, MANY: 4}  # micro-batches of each kind
 BATCH, READS = 64, 32  # users read together, such batches
@@ -52,8 +52,9 @@ def processor_s(call: Callable[[], Any]) -> float:
 
 def bulk(run: Run, codec: str) -> Numbers:
     """A line through short and long histories: per event, and per user."""
-    seconds = {}
-    for length in (SHORT, LONG):
+    seconds = []
+    lengths = [segments * run.config.model.segment_events for segments in (SHORT, LONG)]
+    for length in (lengths[0], *lengths):  # the first one warms up
         rng = np.random.default_rng(0)
         size = USERS * length
         first = run.catalogue.first_item
@@ -66,10 +67,9 @@ def bulk(run: Run, codec: str) -> Numbers:
             for record in summarize_users(run.sequence_model, log, users, users, run.version):
                 encode(record, codec)
 
-        fold()
-        seconds[length] = processor_s(fold) / USERS
-    event_s = (seconds[LONG] - seconds[SHORT]) / (LONG - SHORT)
-    return {"bulk_event_us": event_s * 1e6, "bulk_user_ms": (seconds[SHORT] - SHORT * event_s) * 1e3}
+        seconds.append(processor_s(fold) / USERS)
+    event_s = (seconds[2] - seconds[1]) / (lengths[1] - lengths[0])
+    return {"bulk_event_us": event_s * 1e6, "bulk_user_ms": (seconds[1] - lengths[0] * event_s) * 1e3}
 
 
 def refresh(run: Run, codec: str, store: SummaryStore, folder: Path) -> Numbers:

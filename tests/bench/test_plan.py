@@ -16,7 +16,7 @@ from vista.planning.rates import RATE_NAMES
 def test_it_prints_the_options_of_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.setattr(sys, "argv", ["plan.py", "--size", "tiny", "--repeats", "1"])
     monkeypatch.setattr(bench, "USERS", 8)
-    monkeypatch.setattr(bench, "LONG", 2 * bench.SHORT)
+    monkeypatch.setattr(bench, "LONG", 2)
     monkeypatch.setattr(bench, "BATCHES", {bench.FEW: 2, bench.MANY: 2})
     bench.main()
     options = capsys.readouterr().out.splitlines()[1]

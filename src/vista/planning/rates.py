@@ -42,9 +42,9 @@ class Rates:
 RATE_NAMES = tuple(f.name for f in fields(Rates))
 
 MEASURED = {
-    "tiny": Rates(2.196, 0.1375, 0.456, 120.4, 1.239, 17.42),
-    "small": Rates(9.721, 0.2953, 0.6253, 75.19, 1.05, 21.68),
-    "base": Rates(60, 0.5, 2, 200, 1.02, 50),
+    "tiny": Rates(1.147, 0.16, 0.456, 120.4, 1.239, 17.42),
+    "small": Rates(4.62, 0.1927, 0.6253, 75.19, 1.05, 21.68),
+    "base": Rates(57.43, 1.172, 1.436, 117.4, 1.004, 42.22),
 }
 
 COST_SETTINGS = (

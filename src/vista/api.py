@@ -4,6 +4,7 @@ prepare    event log -> prepared data         train      prepared data -> run
 load       run -> model, config, catalogue    evaluate   run, data -> metrics
 summarize  run, data -> store                 rank       run, store, user, candidates -> scores
 export     run, data -> summaries as of past moments, as Parquet
+plan       users, events, model -> storage, traffic, cores and machines
 forget     data, store, users -> both without some of their events
 stream     run, event log, store -> states and tokens kept up to date
 stream_status  event log, store -> how far streams are, and how far behind
@@ -13,11 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from math import inf
 from pathlib import Path
 from typing import Any
 
 from vista.checkpoint import Run, load_run
-from vista.config import resolve, setting_key
+from vista.config import parse_overrides, resolve, setting_key
 from vista.data.forget import Selection
 from vista.data.histories import PreparedData
 from vista.data.prepare import PrepareOptions
@@ -36,13 +38,18 @@ from vista.jobs.stream_status import PartitionStatus
 from vista.jobs.stream_status import stream_status as _stream_status
 from vista.jobs.summarize import SummarizeReport, make_engine
 from vista.jobs.summarize import summarize as _summarize
+from vista.planning.plan import Demand, Machine, Plan, make_plan
+from vista.planning.rates import ChosenRates, rates_for
+from vista.planning.sizes import fresh_run, user_bytes
 from vista.schema import Manifest
 from vista.serving.scorer import Scorer
 from vista.store.contract import open_store
 from vista.store.record import CODECS
 from vista.training.loop import train as _train
 
-__all__ = ["evaluate", "export", "forget", "load", "prepare", "rank", "stream", "stream_status", "summarize", "train"]
+__all__ = [
+    "evaluate", "export", "forget", "load", "plan", "prepare", "rank", "stream", "stream_status", "summarize", "train",
+]  # fmt: skip
 
 
 def prepare(events: Path | str, out: Path | str, **options: Any) -> Manifest:
@@ -109,6 +116,32 @@ def export(
     columns = MomentColumns(user_column, timestamp_column, time_unit)
     options = ExportOptions(as_of, requests, columns, codec)
     return _export(load_run(run), PreparedData.open(data), Path(out), options, quiet)
+
+
+def plan(
+    demands: Sequence[Demand], machine: Machine | None = None, size: str = "base", run: Path | str | None = None,
+    overrides: Sequence[str] = (), codec: str = "int8", rates: dict[str, float] | None = None,
+    gpu_events_per_s: float = 0.0,
+) -> tuple[list[Plan], ChosenRates]:  # fmt: skip
+    """How large a cluster each demand needs, and the core times that follow from; see docs/scaling.md.
+
+    run: plan for this model, else for a fresh one of a size with overrides such as ``model.memory=sum``; rates: fields
+    of ``vista.planning.rates.Rates`` that were measured elsewhere.
+    """
+    if codec not in CODECS:
+        raise ConfigError(f"--codec {codec!r}: unknown{nearest(codec, CODECS)}")
+    if run is not None and overrides:
+        raise ConfigError(f"--set {overrides[0]!r}: the run {run} has its own settings; leave one of the two out")
+    if not 0 <= gpu_events_per_s < inf:
+        raise ConfigError(f"--gpu-events-per-s {gpu_events_per_s:g}: it must be 0 or more")
+    model = load_run(run) if run is not None else fresh_run(resolve(size, overrides=parse_overrides(overrides)))
+    chosen = rates_for(model.config.model, rates or {})
+    found = {}
+    for history in {demand.history for demand in demands}:
+        found[history] = user_bytes(model, max(int(history), 1), codec)
+    machine = machine or Machine()
+    made = [make_plan(demand, found[demand.history], chosen.rates, machine, gpu_events_per_s) for demand in demands]
+    return made, chosen
 
 
 def rank(run: Path | str, store: str, user: Any, candidates: list[Any], at_us: int | None = None) -> dict[str, Any]:

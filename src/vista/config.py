@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import tomllib
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -169,6 +170,17 @@ def resolve(size: str = "small", file: Path | None = None, overrides: dict[str, 
     config = apply(config, overrides or {}, "override")
     _check(config)
     return config
+
+
+def parse_overrides(pairs: Sequence[str]) -> dict[str, Any]:
+    """``model.width=32`` to {"model.width": "32"}. Raises ConfigError where there is no ``=``."""
+    parsed = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {pair!r}: write it as --set model.width=32")
+        parsed[key.strip()] = value.strip()
+    return parsed
 
 
 def setting_key(name: str) -> str:

@@ -9,7 +9,8 @@
     ├── TrainingError        training cannot go on: a loss that is not finite, a label that never varies
     ├── JobError             the processes of a bulk run cannot be started, or the cluster cannot be used
     ├── StoreError           the summary store cannot be opened, read or written
-    │   └── RecordError        one record is corrupt, too new, or belongs to another model version
+    │   ├── RecordError        one record is corrupt, too new, or belongs to another model version
+    │   └── Superseded         another process has changed what a write was made for; nothing was written
     ├── SourceError          an event log cannot be opened or read
     └── RequestError         a request that the online server cannot answer as asked; has an HTTP status
 
@@ -63,6 +64,10 @@ class StoreError(VistaError):
 
 class RecordError(StoreError):
     """One stored record is corrupt, too new for this reader, or belongs to another model version."""
+
+
+class Superseded(StoreError):
+    """A write that was to happen only as long as some records are what they were, and they are not: none of it was."""
 
 
 class SourceError(VistaError):

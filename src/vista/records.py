@@ -51,8 +51,8 @@ def tokens_records(
     sketch = _sketch_of(model, state)
     newest = model.config.recent_events
     records = []
-    for row, user in enumerate(user_ids):
-        hot = {name: array[-newest:] for name, array in _recent_arrays(state, row).items()} | {"tokens": tokens[row]}
+    for row, (user, recent) in enumerate(zip(user_ids, recent_arrays(state), strict=True)):
+        hot = {name: array[-newest:] for name, array in recent.items()} | {"tokens": tokens[row]}
         hot |= {} if readout is None else {READOUT: readout[row].float().numpy()}
         hot |= sketch_arrays(tuple(t[row] for t in sketch))
         records.append(Record("tokens", version, *_facts(state, row, user), hot))
@@ -65,8 +65,8 @@ def state_records(model: SequenceModel, state: UserState, user_ids: list[Any], v
     sketch = _sketch_of(model, state)
     memory = [t.numpy() for t in flatten(state.memory[:-1] if sketch else state.memory)]
     records = []
-    for row, user in enumerate(user_ids):
-        cold = _recent_arrays(state, row) | {f"memory_{i}": t[row] for i, t in enumerate(memory)}
+    for row, (user, recent) in enumerate(zip(user_ids, recent_arrays(state), strict=True)):
+        cold = recent | {f"memory_{i}": t[row] for i, t in enumerate(memory)}
         cold |= sketch_arrays(tuple(t[row] for t in sketch))
         cold["first_us"] = state.progress.first_us[row : row + 1].numpy()
         records.append(Record("state", version, *_facts(state, row, user), cold))
@@ -78,10 +78,11 @@ def _sketch_of(model: SequenceModel, state: UserState) -> Running:
     return state.memory[-1][0] if model.sketch is not None else ()
 
 
-def _recent_arrays(state: UserState, row: int) -> dict[str, np.ndarray]:
-    """All events held of one user."""
-    held = state.recent.item[row] > 0
-    return {f"recent_{n}": getattr(state.recent, n)[row, held].numpy().astype(t) for n, t in RECENT_TYPES.items()}
+def recent_arrays(state: UserState) -> list[dict[str, np.ndarray]]:
+    """All events held of each user, as a record has them."""
+    columns = {f"recent_{n}": getattr(state.recent, n).numpy().astype(t) for n, t in RECENT_TYPES.items()}
+    held = columns["recent_item"] > 0
+    return [{name: column[row][held[row]] for name, column in columns.items()} for row in range(state.num_users)]
 
 
 def _facts(state: UserState, row: int, user_id: Any) -> tuple[bytes, int, int]:
@@ -114,7 +115,7 @@ def from_records(model: SequenceModel, records: list[Record | None]) -> UserStat
         progress.first_us[row] = int(record.arrays["first_us"][0])
         fill_recent(recent, row, record)
         for i, tensor in enumerate(memory[: len(memory) - len(sketch)]):
-            tensor[row] = torch.from_numpy(record.arrays[f"memory_{i}"].copy())
+            tensor.numpy()[row] = record.arrays[f"memory_{i}"]  # in place, as in fill_recent
         if sketch:
             fill_sketch(sketch, row, record)
     return UserState(progress, recent, unflatten(memory, initial.memory))

@@ -18,7 +18,7 @@ from functools import partial
 
 import pytest
 
-from vista.errors import StoreError
+from vista.errors import StoreError, Superseded
 from vista.store.contract import KindStatistics, SummaryStore, Write, collect, open_store
 from vista.store.record import KINDS, LONGEST_KEY
 from vista.store.versions import VersionInfo
@@ -124,6 +124,19 @@ class StoreContract:
         assert store.get_many("tokens", keys, V1) == values[: len(keys)]
         assert store.get_many("state", keys[:2], V1) == [values[-1], None]
         assert list(store.scan("tokens", V1)) == sorted(zip(keys, values, strict=False))
+
+    def test_a_commit_happens_only_as_long_as_records_are_as_it_is_provided(self, store):
+        store.begin_version(V1, *SHAPE, expected_users=1)
+        first, second = ("position", b"log", b"first"), ("position", b"log", b"second")
+        store.commit([first, ("position", b"other", b"x")], V1)
+        store.commit(writes(b"a"), V1, [first, ("position", b"other", b"x")])
+        for provided in ([second], [first, ("position", b"no such", b"x")], [first, ("state", b"a", b"")]):
+            with pytest.raises(Superseded, match="it was not done"):
+                store.commit([*writes(b"b"), second], V1, provided)
+        assert store.get_many("state", [b"a", b"b"], V1) == [writes(b"a")[1][2], None]
+        assert store.get_many("position", [b"log"], V1) == [b"first"]
+        store.commit([second], V1, [first])  # compare and set
+        assert store.get_many("position", [b"log"], V1) == [b"second"]
 
     def test_a_commit_is_all_or_nothing(self, store):
         fill(store, V1, b"a")

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from tests.jobs.forget_worker import SELECTION, job_in
 from tests.training.worlds import SMALL, write_world
@@ -387,3 +388,31 @@ def test_killed_at_a_step_of_every_kind(origin, tmp_path):
 @pytest.mark.timeout(1800)
 def test_killed_at_every_step(origin, tmp_path):
     check_kills(origin, tmp_path, lambda steps: list(range(len(steps))))
+
+
+def test_the_runs_table_of_popularity_forgets_too(tmp_path, monkeypatch):
+    """What only the forgotten events knew of an item is in no table any more, after a kill before that step as well."""
+    rng = np.random.default_rng(0)
+    lines = ["user_id,item_id,timestamp"]
+    for user in range(12):
+        items = rng.integers(0, 20, 40).tolist() + [99] * (10 if user == 3 else 0)  # nobody else ever met item 99
+        times = np.sort(rng.integers(1_600_000_000, 1_630_000_000, len(items))).tolist()
+        lines += [f"{user},{item},{time}" for item, time in zip(items, times, strict=True)]
+    (tmp_path / "log.csv").write_text("\n".join(lines) + "\n")
+    data, store = tmp_path / "data", str(tmp_path / "store")
+    api.prepare(tmp_path / "log.csv", data)
+    run = api.train(data, tmp_path / "run", size="tiny", max_steps=2, sketch_slots=64, quiet=True)
+    api.summarize(tmp_path / "run", data, store)
+    row = int(run.catalogue.encode(np.array([99]))[0])
+    before = run.read_popularity()
+    monkeypatch.setattr(job, "refresh_popularity", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt, match="not complete"):
+        api.forget(data, store, [3], [tmp_path / "run"], everything=True, quiet=True)
+    assert torch.equal(run.read_popularity(), before)
+    monkeypatch.undo()
+    api.forget(data, store, [3], [tmp_path / "run"], everything=True, quiet=True)
+    after = run.read_popularity()
+    never_met = int(run.catalogue.encode(np.array([123_456]))[0])
+    assert not torch.equal(before[row], before[never_met])
+    assert torch.equal(after[row], after[never_met])
+    assert not torch.equal(after, torch.zeros_like(after)), "others are still known"

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import signal
+import socket
 import time
+import urllib.request
 import warnings
 from contextlib import suppress
 from pathlib import Path
@@ -306,6 +309,56 @@ def test_a_partition_taken_over_is_given_up(tmp_path, dead):
             first.go()
 
 
+def test_who_was_taken_over_in_the_midst_of_a_micro_batch_writes_nothing(tmp_path, dead):
+    """The other one has streamed the whole log between this one's reading and its writing: nothing of it is lost."""
+    DirectoryLog(tmp_path / "log").append(events_of(11, 60, misorder=False))
+    source, wanted = f"dir:{tmp_path / 'log'}", f"memory:{tmp_path} alone"
+    stream(source, wanted, dead, until_end=True)
+    with open_source(source) as log, open_store(f"memory:{tmp_path}") as store:
+        first = Stream(RUN, store, log, StreamOptions(dead, begin=True, until_end=True, max_events=10, quiet=True))
+        commit = store.commit
+
+        def late(*arguments):
+            store.commit = commit
+            stream(source, f"memory:{tmp_path}", dead, until_end=True)
+            return commit(*arguments)
+
+        store.commit = late
+        with pytest.raises(ConfigError, match="another process streams it since"):
+            first.go()
+    assert contents(f"memory:{tmp_path}") == contents(wanted)
+
+
+def test_processes_share_a_log_by_partitions_into_one_store(tmp_path, dead):
+    """Two at once; a third one that wants a partition of theirs takes it over, and theirs ends with an error."""
+    log, source, store = DirectoryLog(tmp_path / "log", 4), f"dir:{tmp_path / 'log'}", str(tmp_path / "store")
+    events = events_of(14, 300, num_users=20)
+    log.append(events[:150])
+    workers = [start(source, store, tmp_path / f"dead{n}", partitions=n) for n in ([0, 1], [2, 3])]
+    try:
+        for worker in workers:
+            worker.stdout.readline()
+        log.append(events[150:])
+        end_s = time.monotonic() + 120
+        while time.monotonic() < end_s and (
+            len(rows := _status(source, store)) < 4 or sum(row.num_behind for row in rows)
+        ):
+            time.sleep(0.1)
+        stream(source, store, dead, until_end=True, partitions=(1,))
+        log.append([{"user_id": n, "item_id": 1, "timestamp_us": START_US + 10**12} for n in range(20)])
+        assert workers[0].wait(60) == 1, "its partition 1 was taken over"
+        workers[1].send_signal(signal.SIGTERM)
+        assert workers[1].wait(60) == 0
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.wait()
+            worker.stdout.close()
+    stream(source, store, dead, until_end=True)
+    stream(source, f"memory:{tmp_path}", dead, until_end=True)
+    assert contents(store) == contents(f"memory:{tmp_path}")
+
+
 def test_metrics_say_what_was_done(tmp_path, dead):
     DirectoryLog(tmp_path / "log").append(events_of(12, 30, misorder=False))
     file = tmp_path / "metrics.prom"
@@ -314,6 +367,45 @@ def test_metrics_say_what_was_done(tmp_path, dead):
     assert 'vista_stream_entries_total{outcome="applied"} 30\n' in text
     assert 'vista_stream_lag_events{partition="0"} 0\n' in text
     assert "vista_stream_freshness_seconds_count 5\n" in text
+
+
+def test_a_scrape_of_a_running_stream_shows_lag_and_freshness(tmp_path, dead):
+    """At work: with entries behind it before its first micro-batch, none after it. Then the port is free again."""
+    log = DirectoryLog(tmp_path / "log")
+    log.append(events_of(12, 30, misorder=False))
+    with open_source(f"dir:{tmp_path / 'log'}") as source, open_store(f"memory:{tmp_path}") as store:
+        made = Stream(RUN, store, source, StreamOptions(dead, begin=True, metrics_port=0, quiet=True))
+        scrapes: list[str] = []
+        made._gather = lambda gather=made._gather: (scrapes.append(scrape(made.metrics.port)), gather())[1]
+        looked = made._report
+        made._report = lambda is_last=False: (looked(True), len(scrapes) > 1 and made.stop.set())[0]
+        made.go()
+    before, after = scrapes
+    assert 'vista_stream_lag_events{partition="0"} 30\n' in before
+    assert float(re.search(r'lag_seconds\{partition="0"\} (\S+)', before)[1]) > 0
+    assert "vista_stream_arrival_freshness_seconds_count 0\n" in before
+    assert 'vista_stream_lag_events{partition="0"} 0\n' in after
+    assert 'vista_stream_lag_seconds{partition="0"} 0\n' in after
+    assert "vista_stream_arrival_freshness_seconds_count 5\n" in after  # of five users
+    assert float(re.search(r"arrival_freshness_seconds_sum (\S+)", after)[1]) > 0
+    with pytest.raises(OSError, match="refused"):
+        scrape(made.metrics.port)
+
+
+def scrape(port: int | None) -> str:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+        assert answer.headers["Content-Type"].startswith("text/plain; version=0.0.4")
+        return answer.read().decode()
+
+
+def test_a_port_in_use_is_an_error_that_names_it(tmp_path, dead):
+    DirectoryLog(tmp_path / "log").append(events_of(12, 3))
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"--metrics-port {port}: cannot be listened to"):
+            stream(f"dir:{tmp_path / 'log'}", f"memory:{tmp_path}", dead, until_end=True, metrics_port=port)
 
 
 # -- bad input

@@ -70,7 +70,7 @@ def lifelong(
     from vista.benchmark.axes import sweep_axes
     from vista.benchmark.cells import run_plan
     from vista.benchmark.report import write_benchmark
-    from vista.cli.train import parse_overrides
+    from vista.config import parse_overrides
 
     columns = {"user_column": user_column, "item_column": item_column, "timestamp_column": timestamp_column,
                "burst_column": burst_column}  # fmt: skip
@@ -213,7 +213,7 @@ def leave_one_out(
     from vista.benchmark.leave_one_out.cells import LeaveOneOutPlan, run_leave_one_out
     from vista.benchmark.leave_one_out.entries import choose
     from vista.benchmark.leave_one_out.report import about, write_leave_one_out
-    from vista.cli.train import parse_overrides
+    from vista.config import parse_overrides
     from vista.data.sequences import SequenceColumns, read_sequences
 
     _check_device(device)

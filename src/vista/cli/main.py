@@ -27,6 +27,7 @@ from vista.cli.doctor import doctor
 from vista.cli.evaluate import evaluate
 from vista.cli.export import export
 from vista.cli.forget import forget
+from vista.cli.plan import plan
 from vista.cli.prepare import prepare
 from vista.cli.serve import serve
 from vista.cli.store import app as store
@@ -121,6 +122,7 @@ app.command()(export)
 app.command()(serve)
 app.command()(forget)
 app.add_typer(store)
+app.command()(plan)
 app.command()(doctor)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -36,7 +36,7 @@ def train(
     import torch
 
     from vista.checkpoint import load_description, load_run
-    from vista.config import resolve
+    from vista.config import parse_overrides, resolve
     from vista.data.histories import PreparedData
     from vista.training.loop import train as run_training
 
@@ -53,16 +53,3 @@ def train(
     run = load_run(out)
     typer.echo(f"trained {out}: model {resolved.model.model}, version {run.version}")
     typer.echo(f"next: vista evaluate {out} --data {data}")
-
-
-def parse_overrides(pairs: list[str]) -> dict[str, Any]:
-    """``model.width=32`` to {"model.width": "32"}. Raises ConfigError where there is no ``=``."""
-    from vista.errors import ConfigError
-
-    parsed = {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not equals:
-            raise ConfigError(f"--set {pair!r}: write it as --set model.width=32")
-        parsed[key.strip()] = value.strip()
-    return parsed

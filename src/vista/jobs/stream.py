@@ -22,7 +22,7 @@ import numpy as np
 
 from vista.checkpoint import Run
 from vista.config import ModelConfig
-from vista.errors import ConfigError, RecordError, SourceError, StoreError, VistaWarning
+from vista.errors import ConfigError, RecordError, SourceError, StoreError, Superseded, VistaWarning
 from vista.jobs.dead_letters import DeadLetters
 from vista.jobs.deliver import IN_STATE, Block, Work, blocks, refresh, work_out
 from vista.jobs.parse import NoEvent, Parsed, event_of, parse
@@ -40,7 +40,7 @@ from vista.jobs.positions import (
 from vista.jobs.sources.contract import Entry, EventSource
 from vista.jobs.stream_metrics import Metrics, MetricsServer, write_metrics
 from vista.progress import Progress, duration, short
-from vista.store.contract import SummaryStore
+from vista.store.contract import SummaryStore, Write
 from vista.updates.apply import BAD_CLOCK, OUTCOMES, TOO_LATE, USERS_AT_ONCE, UpdateOptions, check_model
 
 IDLE_S = 0.2  # how long a read waits for the first entry: tokens fall due and a stop is asked for meanwhile
@@ -109,6 +109,7 @@ class Stream:
         self._owner = secrets.token_bytes(OWNER_BYTES)
         self._positions: dict[int, Position] = {}
         self._saved: dict[int, tuple[int, int, int]] = {}
+        self._stored: dict[int, Write] = {}  # positions as they were last written; everything else is provided these
         self._pending = Pending(options.cadence)
         self.metrics = Metrics(run.version, self._log)
         self.metrics.positions = self._positions
@@ -167,10 +168,20 @@ class Stream:
         changed = [n for n, fact in facts.items() if self._saved.get(n) != fact]
         if not changed:
             return
-        writes = [position_write(self._positions[number], self._run.version, self._log) for number in changed]
-        self._patiently("store", lambda: self._store.commit(writes, self._run.version))
+        writes = {number: position_write(self._positions[number], self._run.version, self._log) for number in changed}
+        self._patiently("store", lambda: self._store_positions(writes))
         self._patiently("source", lambda: self._source.acknowledge({n: facts[n][0] for n in changed}))
         self._saved |= {number: facts[number] for number in changed}
+
+    def _store_positions(self, writes: dict[int, Write]) -> None:
+        """Those of partitions that are being taken over whatever is there, the others if they are still ours."""
+        version, new = self._run.version, list(writes.values())
+        try:
+            self._store.commit(new, version, [self._stored[number] for number in writes if number in self._stored])
+        except Superseded:  # perhaps by ourselves: an attempt of which only the answer was lost
+            if self._store.get_many("position", [key for _, key, _ in new], version) != [blob for *_, blob in new]:
+                raise
+        self._stored |= writes
 
     # -- the loop
 
@@ -266,7 +277,7 @@ class Stream:
         ]
         self._dead.add(refused)  # first: once the marks are stored, nobody looks at these events again
         if work.writes:
-            self._store.commit(work.writes, self._run.version)
+            self._store.commit(work.writes, self._run.version, list(self._stored.values()))
         return work
 
     def _note(self, block: Block, work: Work, parsed: Parsed) -> None:
@@ -298,7 +309,7 @@ class Stream:
         def store() -> None:
             writes = refresh(self._run, self._store, user_ids, self._options.update.codec)
             if writes:
-                self._store.commit(writes, self._run.version)
+                self._store.commit(writes, self._run.version, list(self._stored.values()))
 
         try:
             self._patiently("store", store)
@@ -328,6 +339,9 @@ class Stream:
                     recover()
                 result = action()
             except RecordError:
+                raise
+            except Superseded:
+                self._check_owner()
                 raise
             except (StoreError, SourceError) as error:
                 has_failed = True

@@ -35,8 +35,12 @@ class SummaryStore(Protocol):
     def begin_version(self, version: str, num_tokens: int, width: int, expected_users: int) -> None:
         """Make room for a version, or go on with it; refuses one with other K or D."""
 
-    def commit(self, writes: Sequence[Write], version: str) -> None:
-        """Write records, all or none; durable when it returns."""
+    def commit(self, writes: Sequence[Write], version: str, provided: Sequence[Write] = ()) -> None:
+        """Write records, all or none; durable when it returns.
+
+        provided: records that must be stored as they are given here when the writes happen, in the same step (on a
+        Redis cluster just before it); else nothing is written and Superseded is raised.
+        """
 
     def get_many(self, kind: str, user_keys: Sequence[bytes], version: str) -> list[bytes | None]:
         """The records of some users, None where there is none, all from one moment."""

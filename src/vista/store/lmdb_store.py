@@ -42,6 +42,7 @@ from vista.store.versions import (
     check_version,
     member,
     not_begun,
+    superseded,
 )
 
 FIRST_MAP_BYTES = 1 << 28  # address space, not disk; doubled when full
@@ -135,11 +136,14 @@ class LmdbStore:
 
     # -- records
 
-    def commit(self, writes: Sequence[Write], version: str) -> None:
+    def commit(self, writes: Sequence[Write], version: str, provided: Sequence[Write] = ()) -> None:
         def put(transaction: lmdb.Transaction) -> None:
             info = self._info(transaction, version)
             if info is None:
                 raise not_begun(version, str(self.path))
+            for kind, user, blob in provided:
+                if transaction.get(record_key(version, kind, user), db=self._records) != blob:
+                    raise superseded(str(self.path))
             new_users = 0
             for kind, user, blob in writes:
                 key = record_key(version, kind, user)

@@ -21,6 +21,7 @@ from vista.store.versions import (
     check_publishable,
     check_version,
     member,
+    superseded,
 )
 
 
@@ -66,11 +67,14 @@ class MemoryStore:
 
     # -- records
 
-    def commit(self, writes: Sequence[Write], version: str) -> None:
+    def commit(self, writes: Sequence[Write], version: str, provided: Sequence[Write] = ()) -> None:
         new = {member(kind, user): bytes(blob) for kind, user, blob in writes}
         with self._writing() as contents:
             begun(contents.known, version, self.name)
-            contents.records[version] |= new
+            own = contents.records[version]
+            if any(own.get(member(kind, user)) != blob for kind, user, blob in provided):
+                raise superseded(self.name)
+            own |= new
 
     def get_many(self, kind: str, user_keys: Sequence[bytes], version: str) -> list[bytes | None]:
         check_version(version)

@@ -36,6 +36,7 @@ from vista.store.versions import (
     check_version,
     member,
     not_begun,
+    superseded,
 )
 
 BUCKETS = 256  # per version; more than the servers of any cluster, so that each gets its share
@@ -44,17 +45,24 @@ SCAN_RECORDS = 256  # records read in one go by a scan
 MEASURE_RECORDS = 4096  # the same where only the sizes are asked for
 REWRITE_POLL_S = 0.05
 FACTS = b"vista:facts"
+SUPERSEDED = 2  # what COMMIT answers where a needed record is another
 Named = tuple[bytes, bytes, bytes]  # bucket, name of the record in it, record
 
 # ARGV: version (empty: it was checked before), then name, record, ...; KEYS: the facts, then bucket, record's key, ...
+# A record without a name is one that must be there as it is given.
 COMMIT = """
 if ARGV[1] ~= '' then
   local facts = redis.call('GET', KEYS[1])
   if not (facts and cjson.decode(facts).versions[ARGV[1]]) then return 0 end
 end
 for i = 2, #ARGV, 2 do
-  redis.call('SET', KEYS[i + 1], ARGV[i + 1])
-  redis.call('ZADD', KEYS[i], 0, ARGV[i])
+  if ARGV[i] == '' and redis.call('GET', KEYS[i + 1]) ~= ARGV[i + 1] then return 2 end
+end
+for i = 2, #ARGV, 2 do
+  if ARGV[i] ~= '' then
+    redis.call('SET', KEYS[i + 1], ARGV[i + 1])
+    redis.call('ZADD', KEYS[i], 0, ARGV[i])
+  end
 end
 return 1
 """
@@ -150,12 +158,20 @@ class RedisStore:
 
     # -- records
 
-    def commit(self, writes: Sequence[Write], version: str) -> None:
-        named = [(bucket_of(version, user), member(kind, user), bytes(blob)) for kind, user, blob in writes]
+    def commit(self, writes: Sequence[Write], version: str, provided: Sequence[Write] = ()) -> None:
+        named, needed = (
+            [(bucket_of(version, user), member(kind, user), bytes(blob)) for kind, user, blob in records]
+            for records in (writes, provided)
+        )
         if self._is_cluster:  # the facts are in another slot than the records: a script cannot look at both
             with self._writing() as client:
                 begun(_Facts.parse(client.get(FACTS) or b"").versions, version, self.name)
-        if not all(self._run(COMMIT, named, version)):
+                if any(client.get(record_key(bucket, name)) != blob for bucket, name, blob in needed):
+                    raise superseded(self.name)
+        done = self._run(COMMIT, named, version, needed)
+        if SUPERSEDED in done:
+            raise superseded(self.name)
+        if not all(done):
             raise not_begun(version, self.name)
 
     def get_many(self, kind: str, user_keys: Sequence[bytes], version: str) -> list[bytes | None]:
@@ -197,8 +213,11 @@ class RedisStore:
         for name, bucket in merge(*map(rest, buckets, pages)):
             yield bucket, name
 
-    def _run(self, script: str, named: Sequence[Named], version: str = "") -> list[int]:
-        """Run a script over some records: in one step on a server, in one per bucket, sent together, on a cluster."""
+    def _run(self, script: str, named: Sequence[Named], version: str = "", needed: Sequence[Named] = ()) -> list[int]:
+        """Run a script over some records: in one step on a server, in one per bucket, sent together, on a cluster.
+
+        needed: records that a server is to find as they are.
+        """
         groups: dict[bytes, list[Named]] = {} if self._is_cluster else {b"": list(named)}
         for row in named if self._is_cluster else ():
             groups.setdefault(row[0], []).append(row)
@@ -208,6 +227,9 @@ class RedisStore:
             for bucket, name, blob in rows:
                 keys += [bucket, record_key(bucket, name)]
                 values += [name, blob]
+            for bucket, name, blob in () if self._is_cluster else needed:
+                keys += [bucket, record_key(bucket, name)]
+                values += [b"", blob]
             calls.append((script, len(keys), *keys, *values))
         with self._writing() as client:
             return _pipelined(client, "EVAL", calls)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 
-from vista.errors import StoreError
+from vista.errors import StoreError, Superseded
 from vista.store.record import KINDS, LONGEST_KEY, VERSION_BYTES
 
 LEAST_COVERAGE = 0.99  # share of the expected users a version needs to be published unless forced
@@ -75,6 +75,10 @@ def begun(known: Mapping[str, VersionInfo], version: str, place: str) -> Version
 
 def not_begun(version: str, place: str) -> StoreError:
     return StoreError(f"version {version} was not begun in {place}; call begin_version first")
+
+
+def superseded(place: str) -> Superseded:
+    return Superseded(f"{place}: another process has changed the records that a write was made for; it was not done")
 
 
 def check_publishable(info: VersionInfo | None, version: str, force: bool) -> None:

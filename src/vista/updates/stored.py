@@ -17,11 +17,19 @@ import numpy as np
 
 from vista.checkpoint import Run
 from vista.models.vista import SequenceModel
-from vista.records import borders_from_record, borders_to_record, from_records, state_records, tokens_records
+from vista.records import (
+    borders_from_record,
+    borders_to_record,
+    from_records,
+    one_user,
+    recent_arrays,
+    state_records,
+    tokens_records,
+)
 from vista.store.contract import SummaryStore, Write
-from vista.store.record import Record, Stored, decode, encode, repack, unpack, user_key
+from vista.store.record import Record, decode, encode, repack, unpack, user_key
 from vista.updates.order import UNKNOWN_ID
-from vista.updates.refold import Tracked, take_users
+from vista.updates.refold import Tracked
 
 Marks = dict[int, int]  # of one user: partition of a log (`vista.jobs.deliver.partition_key`) to offset
 MARK_ARRAYS = ("log_partition", "log_offset")
@@ -116,23 +124,19 @@ def tokens_writes(
     """
     ids = [user_ids[user] for user in done.users.tolist()]
     blobs = store.get_many("tokens", [user_key(user_id) for user_id in ids], run.version)
-    size = run.config.model.segment_events
+    size, newest = run.config.model.segment_events, run.config.model.recent_events
+    state = done.tracked.state
+    num_events, last_us = (column.tolist() for column in (state.progress.num_events, state.progress.last_us))
     writes: list[Write] = []
-    for row, (user_id, blob) in enumerate(zip(ids, blobs, strict=True)):
-        state = take_users(done.tracked, np.array([row])).state
+    for row, (user_id, blob, recent) in enumerate(zip(ids, blobs, recent_arrays(state), strict=True)):
         stored = None if blob is None or is_new[row] else unpack(blob, run.version)
-        is_border_same = stored is not None and stored.num_events // size == int(state.progress.num_events) // size
+        is_border_same = stored is not None and stored.num_events // size == num_events[row] // size
         if stored is not None and is_border_same and stored.codec == codec:
-            record = state_records(run.sequence_model, state, [user_id], run.version)[0]
-            writes.append(("tokens", record.user_key, repack(_with_recent_events(run, stored, record))))
+            hot = {name: array[-newest:] for name, array in recent.items()}
+            others = {name: array for name, array in stored.arrays.items() if name not in hot}
+            changed = stored._replace(as_of_us=last_us[row], num_events=num_events[row], arrays=hot | others)
+            writes.append(("tokens", user_key(user_id), repack(changed)))
         else:
-            (record,) = tokens_records(run.sequence_model, state, [user_id], run.version)
+            (record,) = tokens_records(run.sequence_model, one_user(state, row), [user_id], run.version)
             writes.append(write_of(record, codec))
     return writes
-
-
-def _with_recent_events(run: Run, stored: Stored, state: Record) -> Stored:
-    newest = run.config.model.recent_events
-    recent = {name: array[-newest:] for name, array in state.arrays.items() if name.startswith("recent_")}
-    arrays = recent | {name: array for name, array in stored.arrays.items() if name not in recent}
-    return stored._replace(as_of_us=state.as_of_us, num_events=state.num_events, arrays=arrays)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,19 +60,19 @@ def user_of(length: int, number: int) -> str:
 
 
 @torch.no_grad()
-def fill(run: Run, url: str, chosen: argparse.Namespace) -> None:
-    """A store with the users of every length, published."""
-    model, whole = run.sequence_model, history(max(chosen.lengths))
+def fill(run: Run, url: str, lengths: Sequence[int], users: int) -> None:
+    """A store with so many users of every length, published."""
+    model, whole = run.sequence_model, history(max(lengths))
     state, done = model.init_state(1), 0
     tokens, width = model.empty_summary(1).shape[1:]
     with open_store(url) as store:
-        store.begin_version(run.version, tokens, width, len(chosen.lengths) * chosen.users)
-        for length in sorted(chosen.lengths):
+        store.begin_version(run.version, tokens, width, len(lengths) * users)
+        for length in sorted(lengths):
             while done < length:
                 end = min(done + FOLDED_AT_ONCE, length)
                 columns = (c[done:end] for c in (whole.item, whole.action, whole.timestamp_us))
                 state, done = model.extend(state, Events.from_log(*columns, torch.tensor([0, end - done]))), end
-            for number in range(chosen.users):
+            for number in range(users):
                 records = to_records(model, state, [user_of(length, number)], run.version)
                 store.commit([(r.kind, r.user_key, encode(r, "int8")) for r in records], run.version)
         store.complete_version(run.version)

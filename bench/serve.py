@@ -39,7 +39,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import uvloop
 from served.asked import (
     BODIES,
     NOW_US,
@@ -77,7 +76,7 @@ def measure_lengths(server: Server, chosen: argparse.Namespace) -> list[dict[str
     asks = {cell: bodies(cell, chosen.users) for cell in cells}
     counts = {}
     for cell in cells:  # warm up, and find how many requests make a round
-        single_s, _ = uvloop.run(closed_loop(server.port, asks[cell], 1, BODIES))
+        single_s, _ = asyncio.run(closed_loop(server.port, asks[cell], 1, BODIES))
         counts[cell] = max(int(WORKED_S / statistics.median(single_s)), AT_ONCE)
     single: dict[Cell, list[list[float]]] = {cell: [] for cell in cells}
     rate: dict[Cell, list[float]] = {cell: [] for cell in cells}
@@ -85,9 +84,9 @@ def measure_lengths(server: Server, chosen: argparse.Namespace) -> list[dict[str
     for _ in range(chosen.rounds):
         for cell in random.sample(cells, len(cells)):
             count = max(counts[other] for other in cells if other[1] == cell[1])
-            single[cell].append(uvloop.run(closed_loop(server.port, asks[cell], 1, count))[0])
+            single[cell].append(asyncio.run(closed_loop(server.port, asks[cell], 1, count))[0])
             before_s = server.processor_s()
-            _, all_s = uvloop.run(closed_loop(server.port, asks[cell], AT_ONCE, count))
+            _, all_s = asyncio.run(closed_loop(server.port, asks[cell], AT_ONCE, count))
             processor[cell].append((server.processor_s() - before_s) / count)
             rate[cell].append(count / all_s)
     return [length_row(cell, min(chosen.lengths), single, rate, processor) for cell in cells]
@@ -174,11 +173,11 @@ def raw_ranking(length: int, items: np.ndarray, chosen: argparse.Namespace) -> C
 # -- overload and outage
 
 
-async def capacity(port: int, asks: Sequence[bytes], seconds: float) -> float:
-    """Requests a second that ``AT_ONCE`` connections get, the best of three."""
-    _, warm_s = await closed_loop(port, asks, AT_ONCE, 2 * BODIES)
-    count = max(int(seconds / 3 * 2 * BODIES / warm_s), AT_ONCE)
-    return max([count / (await closed_loop(port, asks, AT_ONCE, count))[1] for _ in range(3)])
+async def capacity(port: int, asks: Sequence[bytes], seconds: float, connections: int = AT_ONCE) -> float:
+    """Requests a second that some connections get, the best of three."""
+    _, warm_s = await closed_loop(port, asks, connections, 2 * BODIES)
+    count = max(int(seconds / 3 * 2 * BODIES / warm_s), connections)
+    return max([count / (await closed_loop(port, asks, connections, count))[1] for _ in range(3)])
 
 
 async def watched(server: Server, load: Any) -> tuple[Any, list[float]]:
@@ -190,15 +189,16 @@ async def watched(server: Server, load: Any) -> tuple[Any, list[float]]:
     return await task, [*memory, server.memory_mib()]
 
 
-def measure_overload(server: Server, chosen: argparse.Namespace) -> dict[str, Any]:
+def measure_overload(server: Server, most: float, chosen: argparse.Namespace) -> dict[str, Any]:
+    """most: the capacity, requests a second."""
     cell = (max(chosen.lengths), min(chosen.candidates))
     asks = bodies(cell, chosen.users)
-    most = uvloop.run(capacity(server.port, asks, min(chosen.overload_s, 10)))
+    asyncio.run(closed_loop(server.port, asks, 1, 2 * BODIES))
     load = open_loop(server.port, asks, chosen.times * most, chosen.overload_s)
-    answers, memory = uvloop.run(watched(server, load))
+    answers, memory = asyncio.run(watched(server, load))
     taken_s = [a.took_s for a in answers if a.status == 200]
     half = len(memory) // 2
-    after_s, _ = uvloop.run(closed_loop(server.port, asks, 1, BODIES))
+    after_s, _ = asyncio.run(closed_loop(server.port, asks, 1, BODIES))
     return {
         "events": cell[0], "candidates": cell[1], "seconds": chosen.overload_s, "times_capacity": chosen.times,
         "capacity_per_s": most, "asked_per_s": len(answers) / chosen.overload_s,
@@ -227,7 +227,7 @@ def measure_outage(run: Run, folder: Path, degrade: bool, chosen: argparse.Names
     try:
         fill(run, redis.url, [cell[0]], chosen.users)
         with serving(run.folder, redis.url, folder, *(["--degrade"] if degrade else [])) as server:
-            rate = uvloop.run(capacity(server.port, asks, 2)) / 3
+            rate = asyncio.run(capacity(server.port, asks, 2, 1)) / 2
 
             async def load() -> tuple[list[Answer], float]:
                 task = asyncio.create_task(open_loop(server.port, asks, rate, 3 * span_s))
@@ -237,7 +237,7 @@ def measure_outage(run: Run, folder: Path, degrade: bool, chosen: argparse.Names
                 redis.start()
                 return await task, 2 * span_s
 
-            answers, back_s = uvloop.run(load())
+            answers, back_s = asyncio.run(load())
     finally:
         redis.kill()
     fine = [a for a in answers if a.status == 200 and not a.is_degraded and a.due_s > back_s]
@@ -285,9 +285,12 @@ def shown(value: Any) -> str:
 def measure(folder: Path, chosen: argparse.Namespace) -> dict[str, Any]:
     run, url = small_run(folder / "run", chosen), str(folder / "store")
     fill(run, url, chosen.lengths, chosen.users)
-    with serving(run.folder, url, folder / "log") as server:
+    with serving(run.folder, url, folder / "patient", "--timeout-s", "60") as server:
         lengths = measure_lengths(server, chosen)
-        overload = measure_overload(server, chosen)
+        asks = bodies((max(chosen.lengths), min(chosen.candidates)), chosen.users)
+        most = asyncio.run(capacity(server.port, asks, min(chosen.overload_s, 10)))
+    with serving(run.folder, url, folder / "plain") as server:
+        overload = measure_overload(server, most, chosen)
     outages = [measure_outage(run, folder / f"redis-{d}", d, chosen) for d in (False, True)] if REDIS else []
     return {
         "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count(),

@@ -83,7 +83,7 @@ class Client:
 
     async def post(self, body: bytes) -> tuple[int, bytes]:
         """Status and body of the answer. Raises OSError or EOFError where there is none."""
-        reader, writer = self._idle.pop() if self._idle else await asyncio.open_connection("127.0.0.1", self._port)
+        reader, writer = await self._connection()
         try:
             head = f"POST /v1/rank HTTP/1.1\r\nhost: bench\r\ncontent-length: {len(body)}\r\n\r\n"
             writer.write(head.encode() + body)
@@ -95,6 +95,15 @@ class Client:
             raise
         self._idle.append((reader, writer))
         return int(answer.split(b" ", 2)[1]), content
+
+    async def _connection(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """One that is idle, unless the server has closed it meanwhile, or a new one."""
+        while self._idle:
+            reader, writer = self._idle.pop()
+            if not reader.at_eof():
+                return reader, writer
+            writer.close()
+        return await asyncio.open_connection("127.0.0.1", self._port)
 
     def close(self) -> None:
         for _, writer in self._idle:

@@ -228,7 +228,9 @@ class Handlers:
                         )
                     parts.append(part)
         except TimeoutError:
-            raise RequestError(f"the deadline passed with {size} bytes of the body there; send it faster", 408) from None
+            raise RequestError(
+                f"the deadline passed with {size} bytes of the body there; send it faster", 408
+            ) from None
         return b"".join(parts)
 
 

@@ -5,9 +5,9 @@ grow by themselves.
 
 A queue is bounded by number, and by time: a lane knows from its last batches what a unit of weight costs, and refuses
 at once what it could not answer well before the deadline. Without that, a queue under too much load is as long as
-deadlines are, every job begins just before its own and ends after it, and all that is worked on is in vain. For the same
-reason no batch is longer than the nearest deadline in it. Work whose deadline has passed, or whose caller has gone, is
-dropped when its turn comes.
+deadlines are, every job begins just before its own and ends after it, and all that is worked on is in vain. For the
+same reason no batch is longer than the nearest deadline in it. Work whose deadline has passed, or whose caller has
+gone, is dropped when its turn comes.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ prepare    event log -> prepared data         train      prepared data -> run
 load       run -> model, config, catalogue    evaluate   run, data -> metrics
 summarize  run, data -> store                 rank       run, store, user, candidates -> scores
 export     run, data -> summaries as of past moments, as Parquet
+export_model   run -> the ranking as a program for torch without vista
 forget     data, store, users -> both without some of their events
 stream     run, event log, store -> states and tokens kept up to date
 stream_status  event log, store -> how far streams are, and how far behind
@@ -37,12 +38,25 @@ from vista.jobs.stream_status import stream_status as _stream_status
 from vista.jobs.summarize import SummarizeReport, make_engine
 from vista.jobs.summarize import summarize as _summarize
 from vista.schema import Manifest
+from vista.serving.graph import export_model as _export_model
 from vista.serving.scorer import Scorer
 from vista.store.contract import open_store
 from vista.store.record import CODECS
 from vista.training.loop import train as _train
 
-__all__ = ["evaluate", "export", "forget", "load", "prepare", "rank", "stream", "stream_status", "summarize", "train"]
+__all__ = [
+    "evaluate",
+    "export",
+    "export_model",
+    "forget",
+    "load",
+    "prepare",
+    "rank",
+    "stream",
+    "stream_status",
+    "summarize",
+    "train",
+]
 
 
 def prepare(events: Path | str, out: Path | str, **options: Any) -> Manifest:
@@ -109,6 +123,11 @@ def export(
     columns = MomentColumns(user_column, timestamp_column, time_unit)
     options = ExportOptions(as_of, requests, columns, codec)
     return _export(load_run(run), PreparedData.open(data), Path(out), options, quiet)
+
+
+def export_model(run: Path | str, out: Path | str) -> Path:
+    """The ranking as a program that torch runs without vista; returns its path. See docs/serving.md."""
+    return _export_model(load_run(run), Path(out))
 
 
 def rank(run: Path | str, store: str, user: Any, candidates: list[Any], at_us: int | None = None) -> dict[str, Any]:

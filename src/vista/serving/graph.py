@@ -44,7 +44,7 @@ class RankingGraph(nn.Module):
 
     def __init__(self, run: Run) -> None:
         super().__init__()
-        model = copy.deepcopy(run.sequence_model).eval()
+        model = copy.deepcopy(run.sequence_model).eval().requires_grad_(False)
         model.decoder = None
         if model.summarizer is not None:
             model.summarizer.layers = nn.ModuleList()  # stage 1: its work is done when tokens are there

@@ -119,8 +119,9 @@ class Handlers:
     # -- for those who look closer
 
     async def explain(self, request: Request) -> Response:
-        ask = explain_ask(await self._body(request), self._service.limits)
-        found = await self._service.explain(ask, self._deadline_s(request, most_s=LOOK_TIMEOUT_S))
+        deadline_s = self._deadline_s(request, most_s=LOOK_TIMEOUT_S)
+        ask = explain_ask(await self._body(request, deadline_s), self._service.limits)
+        found = await self._service.explain(ask, deadline_s)
         _facts(request).update(num_candidates=len(ask.candidates), model_version=found.model.version)
         return json_response(looks.explained(found, ask))
 

@@ -130,7 +130,8 @@ class Server:
         options = self._options
         return uvicorn.Config(
             application(self._service, self._token), log_config=None, access_log=False, lifespan="off", ws="none",
-            server_header=False, backlog=BACKLOG, timeout_keep_alive=KEEP_ALIVE_S, timeout_graceful_shutdown=max(int(options.limits.drain_s), 1),
+            server_header=False, backlog=BACKLOG, timeout_keep_alive=KEEP_ALIVE_S,
+            timeout_graceful_shutdown=max(int(options.limits.drain_s), 1),
             ssl_certfile=options.tls_cert, ssl_keyfile=options.tls_key,
         )  # fmt: skip
 

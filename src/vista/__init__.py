@@ -25,11 +25,35 @@ except PackageNotFoundError:  # run from a source tree that is not installed
     __version__ = "0+unknown"
 
 __all__ = [
-    "evaluate", "export", "forget", "load", "plan", "prepare", "rank", "stream", "stream_status", "summarize", "train",
-]  # fmt: skip
+    "evaluate",
+    "export",
+    "export_model",
+    "forget",
+    "load",
+    "plan",
+    "prepare",
+    "rank",
+    "stream",
+    "stream_status",
+    "summarize",
+    "train",
+]
 
 if TYPE_CHECKING:
-    from vista.api import evaluate, export, forget, load, plan, prepare, rank, stream, stream_status, summarize, train
+    from vista.api import (
+        evaluate,
+        export,
+        export_model,
+        forget,
+        load,
+        plan,
+        prepare,
+        rank,
+        stream,
+        stream_status,
+        summarize,
+        train,
+    )
 
 
 def __getattr__(name: str) -> Any:

@@ -5,6 +5,7 @@ load       run -> model, config, catalogue    evaluate   run, data -> metrics
 summarize  run, data -> store                 rank       run, store, user, candidates -> scores
 export     run, data -> summaries as of past moments, as Parquet
 plan       users, events, model -> storage, traffic, cores and machines
+export_model   run -> the ranking as a program for torch without vista
 forget     data, store, users -> both without some of their events
 stream     run, event log, store -> states and tokens kept up to date
 stream_status  event log, store -> how far streams are, and how far behind
@@ -42,14 +43,26 @@ from vista.planning.plan import Demand, Machine, Plan, make_plan
 from vista.planning.rates import ChosenRates, rates_for
 from vista.planning.sizes import fresh_run, user_bytes
 from vista.schema import Manifest
+from vista.serving.graph import export_model as _export_model
 from vista.serving.scorer import Scorer
 from vista.store.contract import open_store
 from vista.store.record import CODECS
 from vista.training.loop import train as _train
 
 __all__ = [
-    "evaluate", "export", "forget", "load", "plan", "prepare", "rank", "stream", "stream_status", "summarize", "train",
-]  # fmt: skip
+    "evaluate",
+    "export",
+    "export_model",
+    "forget",
+    "load",
+    "plan",
+    "prepare",
+    "rank",
+    "stream",
+    "stream_status",
+    "summarize",
+    "train",
+]
 
 
 def prepare(events: Path | str, out: Path | str, **options: Any) -> Manifest:
@@ -142,6 +155,11 @@ def plan(
     machine = machine or Machine()
     made = [make_plan(demand, found[demand.history], chosen.rates, machine, gpu_events_per_s) for demand in demands]
     return made, chosen
+
+
+def export_model(run: Path | str, out: Path | str) -> Path:
+    """The ranking as a program that torch runs without vista; returns its path. See docs/serving.md."""
+    return _export_model(load_run(run), Path(out))
 
 
 def rank(run: Path | str, store: str, user: Any, candidates: list[Any], at_us: int | None = None) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from vista.cli.demo import demo
 from vista.cli.doctor import doctor
 from vista.cli.evaluate import evaluate
 from vista.cli.export import export
+from vista.cli.export_model import export_model
 from vista.cli.forget import forget
 from vista.cli.plan import plan
 from vista.cli.prepare import prepare
@@ -119,6 +120,7 @@ app.command()(summarize)
 app.add_typer(stream)
 app.command()(rank)
 app.command()(export)
+app.command(name="export-model")(export_model)
 app.command()(serve)
 app.command()(forget)
 app.add_typer(store)

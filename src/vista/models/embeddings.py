@@ -76,8 +76,9 @@ class ItemEmbedding(nn.Module):
 
     def forward(self, item: Tensor) -> Tensor:
         x = self.rows(self.embedding_row[item])
-        for table, code in zip(self.by_feature, self.features[item].unbind(-1), strict=True):
-            x = x + table(code)
+        if len(self.by_feature):
+            for table, code in zip(self.by_feature, self.features[item].unbind(-1), strict=True):
+                x = x + table(code)
         if self.from_vectors is not None:
             x = x + self.from_vectors(self.vectors[item])
         return x
@@ -156,7 +157,10 @@ class ContextEncoder(nn.Module):
         self.width = len(self.numbers) + CONTEXT_CATEGORY_WIDTH * len(self.categories)
 
     def forward(self, context: Tensor) -> Tensor:
-        numbers = ((context[..., self.numbers] - self.mean) / self.std).nan_to_num(0.0)
-        buckets = context[..., self.categories].nan_to_num(NUM_CONTEXT_BUCKETS).long()
-        vectors = [table(bucket) for table, bucket in zip(self.tables, buckets.unbind(-1), strict=True)]
-        return torch.cat([numbers, *vectors], -1)
+        parts = [context[..., :0]]
+        if self.numbers:
+            parts.append(((context[..., self.numbers] - self.mean) / self.std).nan_to_num(0.0))
+        if self.categories:
+            buckets = context[..., self.categories].nan_to_num(NUM_CONTEXT_BUCKETS).long()
+            parts += [table(bucket) for table, bucket in zip(self.tables, buckets.unbind(-1), strict=True)]
+        return torch.cat(parts, -1)

@@ -51,8 +51,11 @@ class CountsEncoder(nn.Module):
     def forward(self, requests: Requests) -> Tensor:
         counts = requests.counts
         assert counts is not None
-        is_valid = requests.candidate > 0  # padding must not enter the running statistics
-        x = torch.zeros_like(counts)
+        is_valid = requests.candidate > 0
+        if not self.training:  # shapes that depend on no value, for graphs that are traced
+            known = self.standardise(counts.flatten(0, -2)).view_as(counts)
+            return known.masked_fill(~is_valid[..., None], 0.0)
+        x = torch.zeros_like(counts)  # padding must not enter the running statistics
         x[is_valid] = self._standardised(counts[is_valid])
         return x
 

@@ -177,6 +177,6 @@ class Ranker(nn.Module):
 
 def _gather(rows: Tensor, index: Tensor) -> Tensor:
     """rows (N, H, E), index (Q, R), to (Q, H, R, E)."""
-    if not len(rows):
-        return rows.new_zeros(len(index), rows.shape[1], index.shape[1], rows.shape[2])
+    if not rows.shape[0]:
+        return rows.new_zeros(index.shape[0], rows.shape[1], index.shape[1], rows.shape[2])
     return rows[index].transpose(1, 2)

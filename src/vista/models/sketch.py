@@ -322,10 +322,10 @@ class _Later:
         is_same = (candidate[:, :, None] == recent.masked_fill(~self.is_later, -1)[:, None]) & (candidate > 0)[
             ..., None
         ]
-        never = self.met.new_tensor([NEVER_PLACE, NEVER_SECOND]).expand(len(recent), 1, 2)
+        never = self.met.new_tensor([NEVER_PLACE, NEVER_SECOND]).expand(recent.shape[0], 1, 2)
         met = torch.cat([never, self.met], 1)
         newest = (
-            (is_same * torch.arange(1, met.shape[1], dtype=torch.int32)).amax(2) if len(recent.T) else candidate * 0
+            (is_same * torch.arange(1, met.shape[1], dtype=torch.int32)).amax(2) if recent.shape[1] else candidate * 0
         )
         newest = met.gather(1, newest.long()[..., None].expand(-1, -1, 2))
         return is_same.to(self.value.dtype) @ self.value, newest

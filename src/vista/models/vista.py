@@ -169,7 +169,7 @@ class SequenceModel(Model):
         C) item index, context (B, C, X) as prepared data has it, NaN where not given, or None, sketch (B, ...) where
         the model has one, counts (B, C, F) popularity of the candidates where the model reads it, readout
         (B, H, E, columns) where candidates ask a memory. """  # fmt: skip
-        user = torch.arange(len(candidate), device=candidate.device)
+        user = torch.arange(candidate.shape[0], device=candidate.device)
         prepared = self.prepare_users(tokens, recent, sketch, readout)
         if context is None:
             num_columns = self.ranker.head.context.num_columns

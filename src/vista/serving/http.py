@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import time
 from collections.abc import Awaitable, Callable
 from importlib.metadata import version as version_of
 from typing import Any
@@ -85,8 +87,10 @@ class Handlers:
     # -- for people
 
     async def rank(self, request: Request) -> Response:
-        ask = rank_ask(await self._body(request), self._service.limits)
-        found = await self._service.rank(ask, self._deadline_s(request))
+        deadline_s = self._deadline_s(request)
+        self._service.check_room(deadline_s)
+        ask = rank_ask(await self._body(request, deadline_s), self._service.limits)
+        found = await self._service.rank(ask, deadline_s)
         _facts(request).update(
             stages=found.stages, num_candidates=len(ask.candidates), model_version=found.model.version,
             is_known_user=found.ranking.is_known_user,
@@ -94,14 +98,16 @@ class Handlers:
         return json_response(answers.ranked(found, ask))
 
     async def recommend(self, request: Request) -> Response:
-        ask = recommend_ask(await self._body(request))
-        found = await self._service.recommend(ask, self._deadline_s(request))
+        deadline_s = self._deadline_s(request)
+        ask = recommend_ask(await self._body(request, deadline_s))
+        found = await self._service.recommend(ask, deadline_s)
         _facts(request).update(num_scored=found.num_scored, model_version=found.model.version)
         return json_response(answers.recommended(found, ask))
 
     async def events(self, request: Request) -> Response:
-        events = events_ask(await self._body(request), self._service.limits)
-        found = await self._service.post(events, self._deadline_s(request))
+        deadline_s = self._deadline_s(request)
+        events = events_ask(await self._body(request, deadline_s), self._service.limits)
+        found = await self._service.post(events, deadline_s)
         _facts(request).update(num_events=len(events), model_version=found.version)
         return json_response(answers.posted(found))
 
@@ -113,8 +119,9 @@ class Handlers:
     # -- for those who look closer
 
     async def explain(self, request: Request) -> Response:
-        ask = explain_ask(await self._body(request), self._service.limits)
-        found = await self._service.explain(ask, self._deadline_s(request, most_s=LOOK_TIMEOUT_S))
+        deadline_s = self._deadline_s(request, most_s=LOOK_TIMEOUT_S)
+        ask = explain_ask(await self._body(request, deadline_s), self._service.limits)
+        found = await self._service.explain(ask, deadline_s)
         _facts(request).update(num_candidates=len(ask.candidates), model_version=found.model.version)
         return json_response(looks.explained(found, ask))
 
@@ -180,37 +187,51 @@ class Handlers:
         self._check_version(request)
         if request.headers.get("content-encoding", "identity") != "identity":
             raise RequestError("compressed bodies are not read; send it as it is", 415)
-        asked = InferRequest(await self._body(request), request.headers.get(HEADER_LENGTH), self._service.limits)
+        deadline_s = self._deadline_s(request)
+        self._service.check_room(deadline_s)
+        body = await self._body(request, deadline_s)
+        asked = InferRequest(body, request.headers.get(HEADER_LENGTH), self._service.limits)
         model = self._service.model
         queries, is_batch = queries_of(model, asked.tensors, self._service.limits)
-        found = await self._service.rank_many(queries, self._deadline_s(request, asked.timeout_s))
+        found = await self._service.rank_many(queries, min(deadline_s, self._service.deadline_s(asked.timeout_s)))
         _facts(request).update(stages=found[0].stages, num_users=len(found), model_version=model.version)
-        body, headers = infer_answer(asked, model.version, answer_tensors(found, is_batch, asked.outputs))
-        return Response(body, headers=headers)
+        content, headers = infer_answer(asked, model.version, answer_tensors(found, is_batch, asked.outputs))
+        return Response(content, headers=headers)
 
     # -- common
 
     def _check_version(self, request: Request) -> None:
         check_version(self._service, request.path_params.get("version", ""))
 
-    def _deadline_s(self, request: Request, timeout_s: float | None = None, most_s: float | None = None) -> float:
-        """The sooner of what the header says, what the body says, and the limit. Raises RequestError."""
-        text = request.headers.get(TIMEOUT_HEADER)
+    def _deadline_s(self, request: Request, most_s: float | None = None) -> float:
+        """The sooner of what the header says and the limit, from now on. Raises RequestError."""
+        text, timeout_s = request.headers.get(TIMEOUT_HEADER), None
         if text is not None:
             if not (text.isascii() and text.isdecimal() and len(text) <= 12 and int(text)):
                 raise RequestError(f"{TIMEOUT_HEADER} is {shown(text)}; give milliseconds, an integer above 0")
-            timeout_s = min(int(text) / 1000, float("inf") if timeout_s is None else timeout_s)
+            timeout_s = int(text) / 1000
         return self._service.deadline_s(timeout_s, most_s)
 
-    async def _body(self, request: Request) -> bytes:
-        """The body, unless it is too large: then it is not even read to its end. Raises RequestError."""
+    async def _body(self, request: Request, deadline_s: float) -> bytes:
+        """The body, unless it is too large, then it is not even read to its end, or comes too slowly.
+
+        Raises RequestError.
+        """
         most, size = self._service.limits.max_body_bytes, 0
         parts = []
-        async for part in request.stream():
-            size += len(part)
-            if size > most:
-                raise RequestError(f"a body of {size} bytes or more; the most is {most}: send several requests", 413)
-            parts.append(part)
+        try:
+            async with asyncio.timeout(deadline_s - time.monotonic()):
+                async for part in request.stream():
+                    size += len(part)
+                    if size > most:
+                        raise RequestError(
+                            f"a body of {size} bytes or more; the most is {most}: send several requests", 413
+                        )
+                    parts.append(part)
+        except TimeoutError:
+            raise RequestError(
+                f"the deadline passed with {size} bytes of the body there; send it faster", 408
+            ) from None
         return b"".join(parts)
 
 

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 
 import torch
 import uvicorn
-import uvloop
 
 from vista.errors import ConfigError
 from vista.serving.grpc_server import GrpcServer
@@ -24,6 +23,7 @@ from vista.serving.service import Service
 from vista.store.contract import open_store, shown
 
 BACKLOG = 2048
+KEEP_ALIVE_S = 75  # of an idle connection: longer than clients and proxies keep theirs, or they meet a closed one
 POLL_S = 0.01
 
 
@@ -41,7 +41,9 @@ def serve(options: ServeOptions, histories: HistorySource | None = None) -> None
     with open_store(options.store) as store, bound(options) as listening:
         service = Service(options, store, Metrics(), histories)
         try:
-            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            # Not uvloop: it accepts one connection per turn of the loop, and under too much load clients that open new
+            # ones wait for many seconds (bench/serve.py).
+            with asyncio.Runner(loop_factory=asyncio.new_event_loop) as runner:
                 runner.run(Server(options, service, token).run(listening, has_signals=True))
         finally:
             service.close()
@@ -128,7 +130,8 @@ class Server:
         options = self._options
         return uvicorn.Config(
             application(self._service, self._token), log_config=None, access_log=False, lifespan="off", ws="none",
-            server_header=False, backlog=BACKLOG, timeout_graceful_shutdown=max(int(options.limits.drain_s), 1),
+            server_header=False, backlog=BACKLOG, timeout_keep_alive=KEEP_ALIVE_S,
+            timeout_graceful_shutdown=max(int(options.limits.drain_s), 1),
             ssl_certfile=options.tls_cert, ssl_keyfile=options.tls_key,
         )  # fmt: skip
 

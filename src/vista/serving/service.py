@@ -20,7 +20,7 @@ from vista.serving.metrics import Metrics
 from vista.serving.options import ServeOptions
 from vista.serving.recommend import Recommended, Recommender
 from vista.serving.requests import PostedEvent, RankAsk, RecommendAsk, shown
-from vista.serving.scorer import Asked, Ranking, UserSummaries
+from vista.serving.scorer import ROW_COST, Asked, Ranking, UserSummaries
 from vista.store.contract import SummaryStore
 from vista.store.record import Stored, unpack
 from vista.store.versions import VersionInfo
@@ -28,6 +28,8 @@ from vista.store.versions import VersionInfo
 Found = TypeVar("Found")
 LOOK_TIMEOUT_S = 20.0  # for an answer to a person, who can wait for a whole history to be read
 MAX_LOOKS = 16  # requests of people that wait: more of them than look at a page, and few beside those who rank
+RANK_WEIGHT = 100  # of a batch of rankings beside its candidates, in candidates: as measured with `bench/serve.py`
+COMMIT_WEIGHT = 10  # of a commit beside its events, in events
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,8 +63,9 @@ class Service:
         self.deployment = Deployment(options, store, metrics)
         self.is_draining = False
         limits, most = self.limits, self.limits.max_waiting
-        self._rank = Lane("rank", self._rank_batch, most, limits.max_batch_candidates, metrics)
-        self._events = Lane("events", EventWriter(self.deployment, metrics).write, most, limits.max_events, metrics)
+        self._rank = Lane("rank", self._rank_batch, most, limits.max_batch_candidates, metrics, RANK_WEIGHT)
+        write = EventWriter(self.deployment, metrics).write
+        self._events = Lane("events", write, most, limits.max_events, metrics, COMMIT_WEIGHT)
         self._recommend = Lane("recommend", _run_each, most, 1, metrics)
         self._users = Lane("users", _run_each, most, 1, metrics)
         self._looks = Lane("looks", _run_each, min(most, MAX_LOOKS), 1, metrics)
@@ -102,12 +105,16 @@ class Service:
         (ranked,) = await self.rank_many([Query(model, ask.user, asked)], deadline_s)
         return ranked
 
+    def check_room(self, deadline_s: float) -> None:
+        """Raise RequestError where rankings cannot be had in time anyway: before a body is read and looked through."""
+        self._rank.check_room(deadline_s)
+
     async def rank_many(self, queries: Sequence[Query], deadline_s: float) -> list[Ranked]:
         """Raises RequestError: queue full, too late, or the store away."""
         futures: list[Future[Ranked]] = []
         try:
             for query in queries:
-                futures.append(self._rank.submit(query, deadline_s, len(query.asked.index)))  # noqa: PERF401
+                futures.append(self._rank.submit(query, deadline_s, len(query.asked.index) + ROW_COST))  # noqa: PERF401
             return [await answer_of(future, deadline_s) for future in futures]
         except BaseException:
             for future in futures:

@@ -50,7 +50,7 @@ class Ours:
 
     def __init__(self, memory: str, arguments: argparse.Namespace) -> None:
         self.config = ModelConfig(memory=memory, width=arguments.width, num_heads=arguments.heads, segment_events=128)
-        self.layer = SummarizerLayer(self.config, is_last=False)
+        self.layer = SummarizerLayer(self.config, is_first=True, is_last=False)
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.whole(x) if torch.is_grad_enabled() else self.in_tiles(x)

@@ -154,7 +154,7 @@ def test_states_are_those_of_the_model_alone(tmp_path, dead):
                 action = RUN.schema.action_index([e["action"] for e in part])
                 times = torch.tensor([e["timestamp_us"] for e in part])
                 columns = torch.from_numpy(item), torch.tensor(action), times, torch.tensor([0, len(part)])
-                state = model.extend(state, Events.from_log(*columns))
+                state = model.extend(state, Events.from_log(*columns), alone=True)
             found = load_states(model, opened, [user], VERSION).tracked.state
             pairs = zip(flatten(found.memory), flatten(state.memory), strict=True)
             assert all(torch.equal(a, b) for a, b in pairs)
@@ -242,8 +242,8 @@ def test_no_event_is_in_neither_tokens_nor_the_newest_events(tmp_path_factory, e
             made = Stream(RUN, store, log, options)
         commit = store.commit
 
-        def watched(writes, version):
-            commit(writes, version)
+        def watched(writes, version, provided=()):
+            commit(writes, version, provided)
             for key in (user_key(0), user_key(1)):
                 blobs = [store.get_many(kind, [key], version)[0] for kind in ("state", "tokens")]
                 known, in_record = (0 if blob is None else unpack(blob).num_events for blob in blobs)

@@ -6,6 +6,7 @@ import json
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -30,6 +31,7 @@ from vista.errors import CheckpointError, StoreError
 from vista.serving.metrics import Metrics
 from vista.serving.options import Limits, ServeOptions
 from vista.serving.scorer import Scorer
+from vista.serving.server import bound
 from vista.serving.service import Service
 from vista.store.contract import SummaryStore, open_store
 from vista.store.record import user_key
@@ -574,3 +576,9 @@ def test_the_command_says_why_it_cannot_start(tmp_path, monkeypatch, words, reas
     assert "error: " in result.stderr
     assert reason in result.stderr
     assert not (tmp_path / "no-store").exists()
+
+
+def test_small_answers_do_not_wait_for_more(tmp_path):
+    """asyncio sets TCP_NODELAY on accepted sockets that say they are TCP, as the listening one says."""
+    with bound(ServeOptions(tmp_path, "memory:nodelay", http_port=0)) as listening:
+        assert listening.proto == socket.IPPROTO_TCP

@@ -54,7 +54,8 @@ def serve(options: ServeOptions, histories: HistorySource | None = None) -> None
 def bound(options: ServeOptions) -> Iterator[socket.socket]:
     """A socket on the HTTP port. Raises ConfigError where that cannot be had."""
     family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as listening:
+    # asyncio sends small answers at once (TCP_NODELAY) only on sockets that say they are TCP; else they wait some 40 ms
+    with socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listening:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listening.bind((options.host, options.http_port))

@@ -174,7 +174,8 @@ class SequenceModel(Model):
         if context is None:
             num_columns = self.ranker.head.context.num_columns
             context = tokens.new_full((*candidate.shape, num_columns), torch.nan)
-        return self.rank_rows(prepared, recent, num_known, timestamp_us, user, candidate, context, counts)
+        requests = self.requests_of(recent, num_known, timestamp_us, user, candidate, context, counts)
+        return self.rank(prepared, requests)
 
     def prepare_users(
         self, tokens: Tensor, recent: Recent, sketch: Running = (), readout: Tensor | None = None
@@ -182,21 +183,6 @@ class SequenceModel(Model):
         """What ranking needs of B users and no candidate changes; arguments as of ``rank_users``."""
         event_x = self.embedding(*(c.flatten() for c in _columns(recent)))
         return Prepared(tokens, self.ranker.prepare(tokens, event_x, readout), sketch)
-
-    def rank_rows(
-        self,
-        prepared: Prepared,
-        recent: Recent,
-        num_known: Tensor,
-        timestamp_us: Tensor,
-        user: Tensor,
-        candidate: Tensor,
-        context: Tensor,
-        counts: Tensor | None = None,
-    ) -> Tensor:
-        """Logits (Q, C, T) of Q rows of candidates; arguments as of ``requests_of``."""
-        requests = self.requests_of(recent, num_known, timestamp_us, user, candidate, context, counts)
-        return self.rank(prepared, requests)
 
     @staticmethod
     def requests_of(

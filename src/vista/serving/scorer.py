@@ -196,10 +196,11 @@ class Scorer:
         for first in range(0, len(rows.user), step):
             some = slice(first, first + step)
             counts = None if self._popularity is None else self._popularity[rows.candidate[some]]
-            logits = self.model.rank_rows(
-                users, summaries.recent, summaries.num_events, at_us,
+            requests = self.model.requests_of(
+                summaries.recent, summaries.num_events, at_us,
                 rows.user[some], rows.candidate[some], rows.context[some], counts,
             )  # fmt: skip
+            logits = self.model.rank(users, requests)
             parts.append(logits.double().sigmoid().numpy())
         return rows.unpack(parts, len(self.run.schema.tasks))
 

@@ -66,7 +66,7 @@ def start(run: Path, data: Path, store: Path, workers: int = 1) -> subprocess.Po
 
 def users_in(store: Path) -> int:
     """Users with a record so far; 0 while there is no store."""
-    if not store.exists():
+    if not (store / "CURRENT").exists():  # the folder is there a moment before
         return 0
     with open_store(str(store), read_only=True) as opened:
         return sum(info.num_users for info in opened.versions())

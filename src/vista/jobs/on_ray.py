@@ -114,7 +114,10 @@ class RayEngine:
         except (ConnectionError, ValueError, RuntimeError) as error:
             if self._address is None:
                 return False
-            raise JobError(f"Ray at {self._address}: {reason_of(error)}; start it with: ray start --head") from error
+            raise JobError(
+                f"Ray at {self._address}: {reason_of(error)}; start it with: ray start --head, and if it asks for a "
+                "token (said when it starts), set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or ~/.ray/auth_token"
+            ) from error
         return True
 
 

@@ -25,7 +25,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from vista.batches.timelines import BatchBuilder, Feed, Step, Stretch, TimelineWalk
+from vista.batches.builder import BatchBuilder, Step
+from vista.batches.plans import Feed, Stretch
+from vista.batches.timelines import TimelineWalk
 from vista.catalogue import Catalogue
 from vista.config import Config, resolve
 from vista.data.histories import Histories, Impressions

@@ -99,6 +99,9 @@ class TrainConfig:
     max_epochs: int = 20  # passes over the training requests
     time_budget_s: float = 0.0  # stop after this many seconds of training; 0: no limit
     requests_per_step: int = 512  # requests (each with all its candidates) in a step, about
+    segments_per_step: int = 128  # most segments of one step, all lanes together: bounds memory where requests are rare
+    portions_per_step: int = 1  # computed one after another, gradients added: the same step with less memory
+    steps_ahead: int = 2  # batches built ahead in a thread while the model computes; 0: none
     window_segments: int = 16  # longest stretch of one history that gradients flow through, in segments
     max_stale_segments: int = 1  # a training request uses a summary up to this many segments older than the newest
     dense_lr: float = 3e-3  # AdamW, dense weights
@@ -256,7 +259,7 @@ def _check(config: Config) -> None:
 
 
 _MAY_BE_ZERO = {
-    "seed", "time_budget_s", "max_stale_segments", "weight_decay", "warmup_steps",
+    "seed", "time_budget_s", "steps_ahead", "max_stale_segments", "weight_decay", "warmup_steps",
     "reconstruction_weight", "dropout", "num_seeds", "count_last_events", "sketch_slots",
     "sketch_traces", "popularity_days",
 }  # fmt: skip

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.models.worlds import NUM_ACTIONS, NUM_ITEMS, catalogue, model_config
-from vista.batches.timelines import Feed, MemoryCarry, TimelineWalk
+from vista.batches.plans import Feed
+from vista.batches.timelines import MemoryCarry, TimelineWalk
 from vista.config import Config, TrainConfig, resolve
 from vista.data.histories import Histories, Impressions
 from vista.errors import ConfigError
@@ -254,7 +255,7 @@ def test_carry_round_trips_through_a_checkpoint():
     step = next(iter(TimelineWalk(feed)))
     carry.keep(step, model(step.batch, model.init_memory(len(step.users))).memory)
     again = MemoryCarry()
-    again.load(carry.state())
+    again.load(carry.state(), set(carry.by_user))
     assert again.by_user.keys() == carry.by_user.keys()
     for user, tensors in carry.by_user.items():
         assert all(torch.equal(a, b) for a, b in zip(tensors, again.by_user[user], strict=True))

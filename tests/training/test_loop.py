@@ -239,3 +239,23 @@ def test_resuming_a_finished_run_changes_nothing(data, tmp_path):
         before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
         train(data, run, settings, resume=True, quiet=True)
         assert {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
+
+
+@pytest.mark.parametrize("model", ["vista", "sim"])
+def test_a_step_in_portions_is_the_step_at_once(data, tmp_path, model):
+    """Gradients of portions are added up: after 20 steps losses differ by rounding alone."""
+    curves = []
+    for portions in (1, 3):
+        settings = config(model__model=model, model__search="soft", train__portions_per_step=portions)
+        run = train(data, tmp_path / str(portions), settings, quiet=True)
+        curves.append([json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()])
+    for at_once, in_portions in zip(*curves, strict=True):
+        assert at_once.keys() == in_portions.keys()
+        for name in at_once.keys() - {"elapsed_s"}:
+            assert in_portions[name] == pytest.approx(at_once[name], abs=1e-4), name
+
+
+def test_batches_built_ahead_change_nothing(data, tmp_path):
+    for ahead in (0, 3):
+        train(data, tmp_path / str(ahead), config(train__steps_ahead=ahead), quiet=True)
+    assert_same(tmp_path / "0", tmp_path / "3")

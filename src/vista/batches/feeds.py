@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from vista.batches.timelines import Feed
+from vista.batches.plans import Feed
 from vista.config import Config
 from vista.data.counts import CountFeatures
 from vista.data.histories import PreparedData

@@ -32,13 +32,17 @@ def train(
     ] = None,
     resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint of the run folder.")] = False,
 ) -> None:
-    """Train a model on prepared data. Ctrl-C keeps a checkpoint; --resume goes on from it."""
+    """Train a model on prepared data. Ctrl-C keeps a checkpoint; --resume goes on from it.
+
+    In several processes: torchrun --nproc-per-node 2 -m vista.cli.main train ... with the same options.
+    """
     import torch
 
     from vista.checkpoint import load_description, load_run
     from vista.config import parse_overrides, resolve
     from vista.data.histories import PreparedData
     from vista.training.loop import train as run_training
+    from vista.training.processes import own_rank
 
     if threads is not None:
         torch.set_num_threads(threads)
@@ -50,6 +54,8 @@ def train(
         chosen = {key: value for key, value in given.items() if value is not None}
         resolved = resolve(size, config, chosen | parse_overrides(overrides or []))
     run_training(PreparedData.open(data), out, resolved, resume)
+    if own_rank() > 0:  # the first one speaks for all
+        return
     run = load_run(out)
     typer.echo(f"trained {out}: model {resolved.model.model}, version {run.version}")
     typer.echo(f"next: vista evaluate {out} --data {data}")

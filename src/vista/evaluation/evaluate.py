@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from vista.batches.feeds import make_feed
-from vista.batches.timelines import Feed, MemoryCarry, TimelineWalk
+from vista.batches.plans import Feed
+from vista.batches.timelines import MemoryCarry, TimelineWalk
 from vista.checkpoint import Run
 from vista.data.counts import last_met
 from vista.data.histories import Impressions, PreparedData

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from vista.batches.timelines import Feed, MemoryCarry, TimelineWalk
+from vista.batches.plans import Feed
+from vista.batches.timelines import MemoryCarry, TimelineWalk
 from vista.config import TrainConfig
 from vista.models.model import Model
 from vista.progress import Progress

@@ -16,7 +16,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from vista.batches.timelines import Feed, MemoryCarry, Step, TimelineWalk
+from vista.batches.builder import Step
+from vista.batches.plans import Feed
+from vista.batches.timelines import MemoryCarry, TimelineWalk
 from vista.checkpoint import Run
 from vista.data.features import events_before
 from vista.data.histories import Impressions, PreparedData

@@ -3,6 +3,9 @@
 Two optimizers: AdamW for dense weights, a sparse Adam for the item rows (only the rows a step touched move). The
 learning rates warm up linearly and fall as a cosine to the last step, or to the end of the time budget if that comes
 first.
+
+A step is computed in portions: one after another, and, under ``torchrun``, in several processes at once. Their
+gradients are added up, so that the step is the same but for rounding.
 """
 
 from __future__ import annotations
@@ -10,7 +13,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +25,9 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 from vista.batches.feeds import make_feed, users_up_to
-from vista.batches.timelines import Feed, MemoryCarry, Step, TimelineWalk
+from vista.batches.plans import Feed
+from vista.batches.portions import Portion, SharedStep, Sharer, ahead, share_out
+from vista.batches.timelines import MemoryCarry, TimelineWalk
 from vista.checkpoint import (
     ModelSchema,
     build_model,
@@ -41,7 +47,10 @@ from vista.evaluation.scoring import score
 from vista.models.batch import Output
 from vista.models.losses import multi_task_loss
 from vista.progress import Progress
+from vista.training.processes import Processes, join_others
 from vista.training.state import pack_optimizers, stop_on_interrupt, under, unpack_optimizers
+
+FACTS = ("log_loss", "reconstruction", "auxiliary_log_loss", "loss")  # of a step; a model need not have all
 
 
 @dataclass
@@ -70,27 +79,37 @@ def train(data: PreparedData, out: Path, config: Config, resume: bool = False, q
     """Train a model on prepared data into the run folder ``out``; returns it.
 
     Ctrl-C ends after the step under way, with a checkpoint; ``resume`` goes on from the last one and gives the
-    weights an uninterrupted run would have given (but for a time budget, which counts seconds). Raises StaleOutput
-    when ``out`` holds a run and ``resume`` is not set, TrainingError for labels that never vary and for a loss that
-    is not finite.
+    weights an uninterrupted run would have given (but for a time budget, which counts seconds), with another number of
+    processes up to rounding. In the processes that torchrun starts, all must be called alike; the first one writes.
+    Raises StaleOutput when ``out`` holds a run and ``resume`` is not set, TrainingError for labels that never vary and
+    for a loss that is not finite.
     """
     check_labels(data)
+    processes = join_others()
+    trainer = _prepare(data, out, config, resume, processes)
+    trainer.run(quiet or not processes.is_first)
+    processes.collect(None)  # what the first one wrote is there for all of them
+    return out
+
+
+def _prepare(data: PreparedData, out: Path, config: Config, resume: bool, processes: Processes) -> Trainer:
+    """A trainer that is ready to run, from the beginning or from the run folder's checkpoint."""
     torch.manual_seed(config.train.seed)
     feeds, count_names = make_feeds(data, config)
     schema = ModelSchema.of(data.manifest, data.catalogue, count_names)
-    if resume:
-        saved, saved_schema, _ = load_description(out)
-        if saved.model != config.model:
-            raise CheckpointError(f"{out}: was started with another model config; resume with the same settings")
-        if saved_schema != schema:
-            raise CheckpointError(f"{out}: was started on other data, or another preparation of it; resume with that")
-    elif (out / "config.json").exists():
-        raise StaleOutput(f"{out} already holds a run; add --resume to go on with it, or choose another --out")
-    else:
-        start_run(out, config, schema, data.catalogue)
-        if config.model.has_popularity:
-            write_popularity(out, *latest_table(data))
-    trainer = Trainer(build_model(config.model, schema, data.catalogue), feeds, config, out)
+
+    def begin() -> None:
+        if resume:
+            _check_run(out, config, schema)
+        elif (out / "config.json").exists():
+            raise StaleOutput(f"{out} already holds a run; add --resume to go on with it, or choose another --out")
+        else:
+            start_run(out, config, schema, data.catalogue)
+            if config.model.has_popularity:
+                write_popularity(out, *latest_table(data))
+
+    processes.first(begin)
+    trainer = Trainer(build_model(config.model, schema, data.catalogue), feeds, config, out, processes)
     if resume:
         trainer.restore()
         if trainer.position.data != data.manifest.fingerprint:
@@ -99,8 +118,16 @@ def train(data: PreparedData, out: Path, config: Config, resume: bool = False, q
                 "place in the data means nothing now: train anew"
             )
     trainer.position.data = data.manifest.fingerprint
-    trainer.run(quiet)
-    return out
+    return trainer
+
+
+def _check_run(out: Path, config: Config, schema: ModelSchema) -> None:
+    """Raise CheckpointError where a run folder was started with another model or on other data."""
+    saved, saved_schema, _ = load_description(out)
+    if saved.model != config.model:
+        raise CheckpointError(f"{out}: was started with another model config; resume with the same settings")
+    if saved_schema != schema:
+        raise CheckpointError(f"{out}: was started on other data, or another preparation of it; resume with that")
 
 
 def check_labels(data: PreparedData) -> None:
@@ -126,14 +153,18 @@ def make_feeds(data: PreparedData, config: Config) -> tuple[Feeds, tuple[str, ..
 
 
 class Trainer:
-    """A model, its optimizers and its place in the data."""
+    """A model, its optimizers and its place in the data; of one of the processes that train together."""
 
-    def __init__(self, model: Any, feeds: Feeds, config: Config, out: Path) -> None:
+    def __init__(self, model: Any, feeds: Feeds, config: Config, out: Path, processes: Processes | None = None) -> None:
         self.model, self.feeds, self.config, self.out = model, feeds, config, out
+        self.processes = processes or Processes()
+        self.processes.spread(model)
+        if not self.processes.is_first:  # dropout of its own
+            torch.manual_seed(_seed_of(config.train.seed, self.processes.rank, 0))
         self.optimizers = make_optimizers(model, config.train)
         self.position, self.carry = Position(), MemoryCarry()
         self.total_steps = self._count_steps()
-        self.writer = SummaryWriter(str(out / "tensorboard"))
+        self.writer = SummaryWriter(str(out / "tensorboard")) if self.processes.is_first else None
         self.sums: dict[str, float] = {}
         self.steps_summed = 0
 
@@ -146,59 +177,74 @@ class Trainer:
 
     def run(self, quiet: bool = False) -> None:
         """Train to the end: last step or epoch, time budget, or no better validation for long enough."""
-        settings, checkpoint_s = self.config.train, time.monotonic()
-        if self._is_over():  # a finished run was resumed: one more step would not be that of an uninterrupted one
+        if not self._is_over():  # a finished run that is resumed makes no step that an uninterrupted one would not
+            self._run(quiet)
+            if self.position.best_step == 0:  # nothing was ever better than infinity: keep what there is
+                self._keep_best()
+        if self.writer is not None:
             self.writer.close()
-            return
-        done = self.position.step
-        progress = Progress("train", total=self.total_steps, unit="steps", quiet=quiet, done=done)
-        with progress, stop_on_interrupt() as interrupted:
+
+    def _run(self, quiet: bool) -> None:
+        settings, checkpoint_s = self.config.train, time.monotonic()
+        progress = Progress("train", total=self.total_steps, unit="steps", quiet=quiet, done=self.position.step)
+        stop = stop_on_interrupt(is_patient=self.processes.number > 1)
+        with progress, stop as interrupted, closing(self._steps()) as steps:
             started, before = time.monotonic(), self.position.elapsed_s
-            for step in self._steps():
+            for step in steps:
                 self.train_step(step)
                 progress.advance(1)
-                self.position.elapsed_s = before + time.monotonic() - started
+                now = time.monotonic()
+                self.position.elapsed_s, is_due, is_interrupted = self._agree(
+                    before + now - started, now - checkpoint_s > settings.checkpoint_every_s, interrupted()
+                )
                 if self._is_over() or self.position.step % settings.validate_every_steps == 0:
                     progress.update(**self._validate())
-                if self._is_over() or interrupted() or time.monotonic() - checkpoint_s > settings.checkpoint_every_s:
-                    self.save(step)
+                if self._is_over() or is_interrupted or is_due:
+                    self.save()
                     checkpoint_s = time.monotonic()
-                if interrupted():
+                if is_interrupted:
                     raise KeyboardInterrupt(f"checkpoint of step {self.position.step} kept in {self.out}")
                 if self._is_over():
                     break
-        if self.position.best_step == 0:  # nothing was ever better than infinity: keep what there is
-            self._keep_best()
-        self.writer.close()
 
-    def _steps(self) -> Iterator[Step]:
+    def _agree(self, elapsed_s: float, is_due: bool, is_interrupted: bool) -> tuple[float, bool, bool]:
+        """The first process's clock and whether a checkpoint is due by it; whether any process is to stop."""
+        mine = [elapsed_s, is_due] if self.processes.is_first else [0.0, 0.0]
+        elapsed_s, due, stop = self.processes.sum([*mine, is_interrupted])
+        return elapsed_s, due > 0, stop > 0
+
+    def _steps(self) -> Generator[SharedStep, None, None]:
+        settings, processes = self.config.train, self.processes
+        sharer = Sharer(self.feeds.train, processes.rank, settings.portions_per_step)
         while True:
-            walk = TimelineWalk(self.feeds.train, self.config.train.seed, self.position.epoch)
+            walk = TimelineWalk(self.feeds.train, settings.seed, self.position.epoch, processes.number)
             if self.position.walk is not None:
                 walk.resume(self.position.walk)
-            for step in walk:
-                self.position.walk = step.position
-                if step.batch.is_valid.any():
-                    yield step
-                else:
-                    self._pass_over(step)
+            with closing(ahead(sharer.steps(walk), settings.steps_ahead)) as steps:
+                for step in steps:
+                    self.position.walk = step.position
+                    if step.is_empty:
+                        self._pass_over(step)
+                    else:
+                        yield step
             self.position.epoch += 1
             self.position.walk = None
 
     @torch.no_grad()
-    def _pass_over(self, step: Step) -> None:
+    def _pass_over(self, shared: SharedStep) -> None:
         """Fold a batch that holds events but no impression: memory grows, and there is nothing to learn from."""
-        memory = self.model.init_memory(len(step.users))
-        if memory:
-            _, memory = self.model.prepare(step.batch, self.carry.gather(step, memory))
-        self.carry.keep(step, memory)
+        for step in (portion.step for portion in shared.portions):
+            memory = self.model.init_memory(len(step.users))
+            if memory:
+                _, memory = self.model.prepare(step.batch, self.carry.gather(step, memory))
+            self.carry.keep(step, memory)
 
     def _is_over(self) -> bool:
         budget = self.config.train.time_budget_s
         has_stalled = self.position.validations_without_gain >= self.config.train.patience
         return has_stalled or self.position.step >= self.total_steps or 0 < budget <= self.position.elapsed_s
 
-    def train_step(self, step: Step) -> None:
+    def train_step(self, step: SharedStep) -> None:
         """One optimizer step on one batch."""
         settings = self.config.train
         self.model.train()
@@ -206,39 +252,58 @@ class Trainer:
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * factor
-        with torch.autocast("cpu", torch.bfloat16, enabled=settings.precision == "bfloat16"):
-            output = self.model(step.batch, self.carry.gather(step, self.model.init_memory(len(step.users))))
-        loss, facts = self._loss(step, output)
+        facts = self._sum_facts([self._backward(portion) for portion in step.portions])
         if not math.isfinite(facts["loss"]):
+            users = [user for portion in step.portions for user in portion.step.users]
             raise TrainingError(
-                f"the loss is {facts['loss']} at step {self.position.step + 1} (users {step.users[:5]} ...): lower "
+                f"the loss is {facts['loss']} at step {self.position.step + 1} (users {users[:5]} ...): lower "
                 f"dense_lr ({settings.dense_lr}) or embedding_lr ({settings.embedding_lr}), or look for absurd context "
                 f"values; the last good weights are in {self.out}"
             )
-        loss.backward()
-        dense = [p for group in self.optimizers[0].param_groups for p in group["params"]]
+        dense, *tables = ([p for group in o.param_groups for p in group["params"]] for o in self.optimizers)
+        self.processes.sum_gradients(dense, [p for table in tables for p in table])
         nn.utils.clip_grad_norm_(dense, settings.clip_norm)
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        self.carry.keep(step, output.memory)
         self.position.step += 1
         for name, value in facts.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
         self.steps_summed += 1
 
-    def _loss(self, step: Step, output: Output) -> tuple[Tensor, dict[str, float]]:
-        loss = multi_task_loss(output.logits, step.batch.label, step.batch.is_valid)
-        facts = {"log_loss": float(loss.detach())}
+    def _backward(self, portion: Portion) -> dict[str, float]:
+        """Add a portion's gradients to those of the step; what its loss is made of."""
+        step = portion.step
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.config.train.precision == "bfloat16"):
+            output = self.model(step.batch, self.carry.gather(step, self.model.init_memory(len(step.users))))
+        loss, facts = self._loss(portion, output)
+        if loss.requires_grad:
+            loss.backward()
+        self.carry.keep(step, output.memory)
+        return facts
+
+    def _loss(self, portion: Portion, output: Output) -> tuple[Tensor, dict[str, float]]:
+        """A portion's share in the loss of its step, and what it is made of."""
+        batch, parts = portion.step.batch, {}
+        loss = output.logits.new_zeros(())
+        if portion.impressions:
+            parts["log_loss"] = multi_task_loss(output.logits, batch.label, batch.is_valid) * portion.impressions
+            loss = loss + parts["log_loss"]
         if output.reconstruction is not None:
-            error = output.reconstruction.mean()
-            facts["reconstruction"] = float(error.detach())
-            loss = loss + self.config.train.reconstruction_weight * error
-        if output.auxiliary is not None:
-            auxiliary = multi_task_loss(output.auxiliary, step.batch.label, step.batch.is_valid)
-            facts["auxiliary_log_loss"] = float(auxiliary.detach())
+            parts["reconstruction"] = output.reconstruction.mean() * portion.windows
+            loss = loss + self.config.train.reconstruction_weight * parts["reconstruction"]
+        if output.auxiliary is not None and portion.impressions:
+            auxiliary = multi_task_loss(output.auxiliary, batch.label, batch.is_valid) * portion.impressions
+            parts["auxiliary_log_loss"] = auxiliary
             loss = loss + auxiliary
-        return loss, facts | {"loss": float(loss.detach())}
+        return loss, {name: float(part.detach()) for name, part in (parts | {"loss": loss}).items()}
+
+    def _sum_facts(self, of_portions: list[dict[str, float]]) -> dict[str, float]:
+        """Over the portions of all processes; those that nobody has are left out."""
+        values = [[facts.get(name, 0.0) for facts in of_portions] for name in FACTS]
+        is_there = [any(name in facts for facts in of_portions) for name in FACTS]
+        total = self.processes.sum([sum(v) for v in values] + [float(there) for there in is_there])
+        return {name: total[i] for i, name in enumerate(FACTS) if total[len(FACTS) + i]}
 
     def _rate_factor(self) -> float:
         settings, step = self.config.train, self.position.step
@@ -251,16 +316,12 @@ class Trainer:
     # -- validation and checkpoints
 
     def _validate(self) -> dict[str, float]:
-        scores = score(self.model, self.feeds.validation, "validate", quiet=True)
-        label = self.feeds.validation.impressions.label[scores.impression]
-        ne = float(np.mean([normalized_entropy(label[:, t], scores.probability[:, t]) for t in range(label.shape[1])]))
+        impression, probability = self._score()
+        label = self.feeds.validation.impressions.label[impression]
+        ne = float(np.mean([normalized_entropy(label[:, t], probability[:, t]) for t in range(label.shape[1])]))
         facts = {name: value / max(self.steps_summed, 1) for name, value in self.sums.items()} | {"validation_ne": ne}
         self.sums, self.steps_summed = {}, 0
-        for name, value in facts.items():
-            self.writer.add_scalar(name, value, self.position.step)
-        with (self.out / "log.jsonl").open("a") as file:
-            line = {"step": self.position.step, "elapsed_s": round(self.position.elapsed_s, 1), **facts}
-            file.write(json.dumps(line) + "\n")
+        self._log(facts)
         if ne < self.position.best_ne:
             self.position.best_ne, self.position.best_step = ne, self.position.step
             self.position.validations_without_gain = 0
@@ -269,16 +330,43 @@ class Trainer:
             self.position.validations_without_gain += 1
         return facts
 
+    def _score(self) -> tuple[np.ndarray, np.ndarray]:
+        """Rows and probabilities of the validation impressions, each process scoring users of its own."""
+        feed, processes = self.feeds.validation, self.processes
+        users, requests = np.unique(feed.impressions.user, return_counts=True)
+        users, mine, _ = np.intersect1d(users, feed.with_requests(), return_indices=True)
+        own = users[share_out(requests[mine], processes.number) == processes.rank]
+        scores = score(self.model, replace(feed, users=own), "validate", quiet=True)
+        found = processes.collect((scores.impression, scores.probability))
+        impression, probability = (np.concatenate(columns) for columns in zip(*found, strict=True))
+        order = np.argsort(impression)
+        return impression[order], probability[order]
+
+    def _log(self, facts: dict[str, float]) -> None:
+        if self.writer is None:
+            return
+        for name, value in facts.items():
+            self.writer.add_scalar(name, value, self.position.step)
+        with (self.out / "log.jsonl").open("a") as file:
+            line = {"step": self.position.step, "elapsed_s": round(self.position.elapsed_s, 1), **facts}
+            file.write(json.dumps(line) + "\n")
+
     def _keep_best(self) -> None:
+        if not self.processes.is_first:
+            return
         facts = {"step": self.position.step, "validation_ne": self.position.best_ne}
         write_tensors(self.out / "model.safetensors", self.model.state_dict(), facts)
 
-    def save(self, step: Step) -> None:
-        """Write all that going on needs, in one atomic step."""
+    def save(self) -> None:
+        """Write all that going on needs, in one atomic step: the first process for all of them."""
+        of_processes = self.processes.collect((self.carry.state(), torch.get_rng_state()))
+        if not self.processes.is_first:
+            return
         tensors = {f"model.{name}": t for name, t in self.model.state_dict().items()}
         tensors |= pack_optimizers(self.optimizers)
-        tensors |= {f"carry.{name}": t for name, t in self.carry.state().items()}
-        tensors["rng"] = torch.get_rng_state()
+        for rank, (carried, generator) in enumerate(of_processes):
+            tensors |= {f"carry.{name}": t for name, t in carried.items()}
+            tensors["rng" + _suffix(rank)] = generator
         facts = vars(self.position) | {"sums": self.sums, "steps_summed": self.steps_summed}
         write_tensors(self.out / "training.safetensors", tensors, facts)
 
@@ -292,8 +380,27 @@ class Trainer:
         self.position = Position(**facts)
         load_weights(self.model, under("model.", tensors), path)
         unpack_optimizers(self.optimizers, tensors)
-        self.carry.load(under("carry.", tensors))
-        torch.set_rng_state(tensors["rng"])
+        self.carry.load(under("carry.", tensors), self._own_users())
+        rank, own = self.processes.rank, f"rng{_suffix(self.processes.rank)}"
+        if own in tensors:
+            torch.set_rng_state(tensors[own])
+        else:  # it was saved by fewer processes
+            torch.manual_seed(_seed_of(self.config.train.seed, rank, self.position.step))
+
+    def _own_users(self) -> set[int]:
+        """Users under way whose memory this process carries."""
+        walk = TimelineWalk(self.feeds.train, self.config.train.seed, self.position.epoch, self.processes.number)
+        if self.position.walk is not None:
+            walk.resume(self.position.walk)
+        return {lane.user for lane in walk.lanes if lane.process == self.processes.rank}
+
+
+def _suffix(rank: int) -> str:
+    return f".{rank}" if rank else ""
+
+
+def _seed_of(seed: int, rank: int, step: int) -> int:
+    return int(np.random.SeedSequence([seed, rank, step]).generate_state(1)[0])
 
 
 def make_optimizers(model: nn.Module, settings: TrainConfig) -> list[torch.optim.Optimizer]:

@@ -1,4 +1,4 @@
-"""What a training loop needs to stop and to go on: optimizer states as named tensors, and a Ctrl-C between steps."""
+"""What a training loop needs to stop and to go on: optimizer states as named tensors, and an end between steps."""
 
 from __future__ import annotations
 
@@ -43,21 +43,27 @@ def _as_saved(optimizer: torch.optim.Optimizer, name: str, value: Tensor) -> Any
 
 
 @contextmanager
-def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
-    """Within it, the first Ctrl-C only sets a flag, so that no step is cut in two; the second interrupts at once."""
+def stop_on_interrupt(is_patient: bool = False) -> Iterator[Callable[[], bool]]:
+    """Within it, the first Ctrl-C or SIGTERM only sets a flag: no step is cut in two; the second interrupts at once.
+
+    is_patient: no second one does. A torchrun that is told to stop tells its processes, which may know already.
+    """
     asked = [False]
 
     def handle(signum: int, frame: FrameType | None) -> None:
-        if asked[0]:
+        if asked[0] and not is_patient:
             raise KeyboardInterrupt
         asked[0] = True
 
+    previous: dict[int, Any] = {}
     try:
-        previous = signal.signal(signal.SIGINT, handle)
+        for wanted in (signal.SIGINT, signal.SIGTERM):
+            previous[wanted] = signal.signal(wanted, handle)
     except ValueError:  # not the main thread: whoever owns it decides
         yield lambda: asked[0]
         return
     try:
         yield lambda: asked[0]
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)

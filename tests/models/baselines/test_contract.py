@@ -10,7 +10,8 @@ import torch
 
 from tests.models.baselines.worlds import baseline_for, feed_of, logits_of, model_for
 from tests.models.worlds import NUM_ACTIONS, catalogue
-from vista.batches.timelines import Feed, TimelineWalk
+from vista.batches.plans import Feed
+from vista.batches.timelines import TimelineWalk
 from vista.checkpoint import load_weights, read_tensors, write_tensors
 from vista.config import _CHOICES
 from vista.models.baselines import base, causal

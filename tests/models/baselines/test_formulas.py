@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn.functional import layer_norm, silu
 
 from tests.models.baselines.worlds import TOP_K, baseline_for, each_candidate, feed_of, raw_of
-from vista.batches.timelines import Step, TimelineWalk
+from vista.batches.builder import Step
+from vista.batches.timelines import TimelineWalk
 from vista.models.baselines import base, causal, din
 from vista.models.baselines.base import Baseline, Window
 from vista.models.baselines.din import PairPooling, WeighedUnits

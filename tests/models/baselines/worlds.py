@@ -10,7 +10,9 @@ import torch
 
 from tests.batches.test_timelines import CONTEXT, make_feed
 from tests.models.worlds import NUM_ACTIONS, catalogue
-from vista.batches.timelines import Feed, MemoryCarry, Step, TimelineWalk
+from vista.batches.builder import Step
+from vista.batches.plans import Feed
+from vista.batches.timelines import MemoryCarry, TimelineWalk
 from vista.models.baselines.base import Baseline
 from vista.models.batch import Requests
 from vista.models.embeddings import ItemTables

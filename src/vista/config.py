@@ -102,11 +102,14 @@ class TrainConfig:
     segments_per_step: int = 128  # most segments of one step, all lanes together: bounds memory where requests are rare
     portions_per_step: int = 1  # computed one after another, gradients added: the same step with less memory
     steps_ahead: int = 2  # batches built ahead in a thread while the model computes; 0: none
+    users_per_step: int = 8  # least users among the requests of a step, while so many are open
+    open_users: int = 64  # users under way in training, from whom those of a step are drawn
     window_segments: int = 16  # longest stretch of one history that gradients flow through, in segments
     max_stale_segments: int = 1  # a training request uses a summary up to this many segments older than the newest
     dense_lr: float = 3e-3  # AdamW, dense weights
     embedding_lr: float = 1e-2  # sparse Adam, embedding tables
     weight_decay: float = 1e-2  # dense weights only
+    average_steps: int = 100  # validated and kept: the average of the weights over about so many steps; 0: the newest
     warmup_steps: int = 50
     clip_norm: float = 1.0  # largest norm of the dense gradient
     reconstruction_weight: float = 1.0  # of the reconstruction loss (paper: 1.0); 0 leaves it out
@@ -259,7 +262,7 @@ def _check(config: Config) -> None:
 
 
 _MAY_BE_ZERO = {
-    "seed", "time_budget_s", "steps_ahead", "max_stale_segments", "weight_decay", "warmup_steps",
+    "seed", "time_budget_s", "average_steps", "steps_ahead", "max_stale_segments", "weight_decay", "warmup_steps",
     "reconstruction_weight", "dropout", "num_seeds", "count_last_events", "sketch_slots",
     "sketch_traces", "popularity_days",
 }  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -184,7 +185,7 @@ def test_training_reads_a_newest_or_slightly_older_border():
     """Whatever border is drawn, summary and recent events together hold every event before the request."""
     feed = make_feed(train=True, max_stale_segments=1)
     size, stale = feed.config.model.segment_events, 0
-    for step in TimelineWalk(feed, seed=3):
+    for step in islice(TimelineWalk(feed, seed=3), 20):
         requests, borders = step.batch.requests, step.batch.borders
         count = borders.progress.num_events[requests.summary]
         assert ((requests.num_known - count) >= 0).all()
@@ -228,12 +229,13 @@ def _last_known(feed: Feed) -> list[int]:
 
 def test_a_walk_resumes_exactly():
     feed = make_feed(train=True, requests_per_step=5)
-    steps = list(TimelineWalk(feed, seed=1, epoch=2))
-    resumed = TimelineWalk(feed, seed=1, epoch=2)
-    resumed.resume(json.loads(json.dumps(steps[3].position)))
-    rest = list(resumed)
-    assert [s.users for s in rest] == [s.users for s in steps[4:]]
-    for a, b in zip(rest, steps[4:], strict=True):
+    steps = list(islice(TimelineWalk(feed, seed=1), 60))
+    resumed = TimelineWalk(feed, seed=1)
+    resumed.resume(json.loads(json.dumps(steps[30].position)))
+    rest = list(islice(resumed, 29))
+    assert steps[30].position["epoch"] > 0
+    assert [s.users for s in rest] == [s.users for s in steps[31:]]
+    for a, b in zip(rest, steps[31:], strict=True):
         assert torch.equal(a.batch.requests.summary, b.batch.requests.summary)
         assert torch.equal(a.batch.impression, b.batch.impression)
 
@@ -247,6 +249,42 @@ def test_users_without_room_wait_with_their_memory():
         output = model(step.batch, carry.gather(step, model.init_memory(len(step.users))))
         carry.keep(step, output.memory)
         assert sorted(carry.by_user) == sorted(lane[0] for lane in step.position["lanes"])
+
+
+@pytest.mark.parametrize(("open_users", "users_per_step"), [(1, 1), (3, 3), (64, 2)])
+def test_training_steps_hold_several_users(open_users, users_per_step):
+    feed = make_feed(train=True, requests_per_step=6, open_users=open_users, users_per_step=users_per_step)
+    under_way: set[int] = set()
+    for step in islice(TimelineWalk(feed, seed=3), 100):
+        assert step.is_carried == [user in under_way for user in step.users]
+        under_way = {lane[0] for lane in step.position["lanes"] if not lane[-1]}
+        assert users_per_step <= len(step.users) == len(set(step.users))
+
+
+def test_training_meets_each_request_once_an_epoch():
+    """An epoch's last users mix with the next one's first, and nobody comes twice as often; only whose requests are
+    more than the share one user may have of a step (here the longest: half of all) comes less often."""
+    feed = make_feed(train=True, requests_per_step=6, open_users=3, users_per_step=2)
+    met = np.zeros(len(feed.impressions.item), int)
+    for step in TimelineWalk(feed, seed=3):
+        met[step.batch.impression[step.batch.is_valid].numpy()] += 1
+        if step.position["epoch"] == 20:
+            break
+    request = np.repeat(np.arange(len(feed.impressions.user)), np.diff(feed.impressions.offsets))
+    of_user = feed.impressions.user[request]
+    assert met[of_user != 0].min() >= 19
+    assert met.min() >= 10
+    assert met.max() <= 21
+
+
+def test_long_timelines_do_not_come_alone():
+    """The longest one is on its way together with the others, of this epoch or of the next."""
+    feed = make_feed(train=True, requests_per_step=4, users_per_step=2)
+    longest = int(np.bincount(feed.impressions.user).argmax())
+    beside = [set(step.users) - {longest} for step in islice(TimelineWalk(feed), 100) if longest in step.users]
+    assert len(beside) > 10
+    assert all(beside)
+    assert set.union(*beside) == set(range(len(LENGTHS))) - {longest}
 
 
 def test_carry_round_trips_through_a_checkpoint():
@@ -275,7 +313,7 @@ def test_ragged_arange():
 def test_reconstruction_windows_lie_before_their_border():
     feed = make_feed(train=True, seed=4)
     seen = 0
-    for step in TimelineWalk(feed, seed=4):
+    for step in islice(TimelineWalk(feed, seed=4), 20):
         windows = step.batch.windows
         if windows is None:
             continue
@@ -303,7 +341,7 @@ def test_no_event_is_in_neither_the_summary_nor_the_recent_events(size, stale, s
         return
     config = resolve("tiny", overrides=words | {"train.window_segments": window, "train.reconstruction_events": 1})
     for train in (True, False):
-        for step in TimelineWalk(Feed(*world(), config, train=train)):
+        for step in islice(TimelineWalk(Feed(*world(), config, train=train)), 20):
             requests = step.batch.requests
             in_summary = step.batch.borders.progress.num_events[requests.summary]
             assert (in_summary + (requests.recent >= 0).sum(1) >= requests.num_known).all()

@@ -27,7 +27,7 @@ from vista.models.batch import Memory, flatten, unflatten
 class Lane:
     """Where on a user's timeline the next stretch begins: at a segment border, with a request.
 
-    process: which of the processes that train together carries its memory.
+    process: which of the processes that train together carries its memory; is_new: there is none yet.
     """
 
     user: int
@@ -35,49 +35,60 @@ class Lane:
     request: int
     end_request: int
     process: int = 0
+    is_new: bool = True
 
 
 class TimelineWalk:
-    """Iterates over one epoch's steps; its ``position`` is small, JSON-able and exact to resume from.
+    """Iterates over the steps of one epoch; in training over those of epoch after epoch, without an end.
+
+    In training users of the next epoch follow while others of this one are under way, so that at any time steps hold
+    users wherever they are on their timelines: not all at their beginnings, nor only the longest. The ``position`` is
+    small, JSON-able and exact to resume from.
 
     num_processes: how many processes share the lanes of each step. All of them walk alike, so that all know the same
     plans, whatever their number.
     """
 
-    def __init__(self, feed: Feed, seed: int = 0, epoch: int = 0, num_processes: int = 1) -> None:
+    def __init__(self, feed: Feed, seed: int = 0, num_processes: int = 1) -> None:
         self.feed, self.num_processes = feed, num_processes
-        self.seed, self.epoch = seed, epoch
-        self.rng = np.random.default_rng([seed, epoch])
-        self.order = feed.with_requests()
-        if feed.train:
-            self.order = self.rng.permutation(self.order)
+        self.seed, self.epoch = seed, 0  # epochs begun before this one
+        self.rng = np.random.default_rng([seed])
+        self.order = self._new_order()
         self.next_user = 0
+        self.put_off: list[int] = []  # whose turn came while they were still under way
         self.lanes: list[Lane] = []
+        self._under_way: set[int] = set()  # the users of the lanes
         self._known = feed.impressions.num_known
-        self._starts = np.searchsorted(feed.impressions.user, self.order)
-        self._ends = np.searchsorted(feed.impressions.user, self.order, side="right")
+
+    def _new_order(self) -> np.ndarray:
+        users = self.feed.with_requests()
+        return np.random.default_rng([self.seed, self.epoch]).permutation(users) if self.feed.train else users
 
     @property
     def position(self) -> dict[str, Any]:
         return {
             "epoch": self.epoch,
             "next_user": self.next_user,
+            "put_off": list(self.put_off),
             "lanes": [list(vars(lane).values()) for lane in self.lanes],
             "rng": self.rng.bit_generator.state,
         }
 
     def resume(self, position: dict[str, Any]) -> None:
         """Go on from a position of a walk with the same feed and seed."""
-        assert position["epoch"] == self.epoch
-        self.next_user = position["next_user"]
+        self.epoch = position["epoch"]
+        self.order = self._new_order()
+        self.next_user, self.put_off = position["next_user"], list(position["put_off"])
         self.lanes = [Lane(*values) for values in position["lanes"]]
         for lane in self.lanes:  # the number of processes may have changed
             lane.process %= self.num_processes
+        self._under_way = {lane.user for lane in self.lanes}
         self.rng.bit_generator.state = position["rng"]
 
     @property
     def num_requests(self) -> int:
-        return int((self._ends - self._starts).sum())
+        """Of one epoch."""
+        return int(np.isin(self.feed.impressions.user, self.order).sum())
 
     def __iter__(self) -> Iterator[Step]:
         builder = BatchBuilder(self.feed)
@@ -85,48 +96,87 @@ class TimelineWalk:
             yield builder.step(plan)
 
     def plans(self) -> Iterator[Plan]:
-        """The epoch's steps, not yet built."""
+        """The steps, not yet built."""
         builder = BatchBuilder(self.feed)
-        while self.lanes or self.next_user < len(self.order):
+        while True:
             lanes, stretches, is_carried = self._advance()
+            if not lanes:
+                return
             drawn = builder.draw(stretches, self.rng)
             goes_on = [lane.request < lane.end_request for lane in lanes]
             yield Plan(stretches, is_carried, goes_on, [lane.process for lane in lanes], drawn, self.position)
 
     def _advance(self) -> tuple[list[Lane], list[Stretch], list[bool]]:
-        """Move lanes until the step is full: those under way first, then new users."""
-        requests_left, segments_left = (
-            self.feed.config.train.requests_per_step,
-            self.feed.config.train.segments_per_step,
-        )
+        """Move lanes until the step is full: those in turn, then new users."""
+        settings = self.feed.config.train
+        requests_left, segments_left = settings.requests_per_step, settings.segments_per_step
+        waiting, most = self._in_turn(), self._most_requests_of_one()
         moved, stretches, is_carried, load = [], [], [], np.zeros(self.num_processes)
-        waiting, self.lanes = self.lanes, []
-        while requests_left > 0 and segments_left > 0:
-            if waiting:
-                lane, is_new = waiting.pop(0), False
-            elif self.next_user < len(self.order):
-                lane, is_new = self._open_lane(), True
-            else:
-                break
-            stretch = self._next_stretch(lane, requests_left, segments_left)
+        while requests_left > 0 and segments_left > 0 and (lane := waiting.pop(0) if waiting else self._open_lane()):
+            stretch = self._next_stretch(lane, min(requests_left, most), segments_left)
             lane.segment, lane.request = stretch.last_segment, stretch.end_request
-            if is_new:  # to whoever has least to do so far
+            if lane.is_new:  # to whoever has least to do so far
                 lane.process = int(load.argmin())
             load[lane.process] += self.feed.work(stretch)
-            if lane.request < lane.end_request:
-                self.lanes.append(lane)
+            is_carried.append(not lane.is_new)
+            lane.is_new = False
             moved.append(lane)
             stretches.append(stretch)
-            is_carried.append(not is_new)
             requests_left -= stretch.num_requests
             segments_left -= stretch.num_segments
-        self.lanes = waiting + self.lanes  # those that found no room go first next time
+        unfinished = [lane for lane in moved if lane.request < lane.end_request]
+        self._under_way -= {lane.user for lane in moved} - {lane.user for lane in unfinished}
+        self.lanes = waiting + unfinished  # those that found no room go first next time
         return moved, stretches, is_carried
 
-    def _open_lane(self) -> Lane:
-        place = self.next_user
-        self.next_user += 1
-        return Lane(int(self.order[place]), 0, int(self._starts[place]), int(self._ends[place]))
+    def _in_turn(self) -> list[Lane]:
+        """Lanes in the order in which they move: as they wait; in training drawn, by how many requests they have left,
+        among ``open_users``."""
+        if not self.feed.train:
+            return self.lanes
+        while len(self.lanes) < self.feed.config.train.open_users and (lane := self._open_lane()):
+            self.lanes.append(lane)
+        left = np.array([lane.end_request - lane.request for lane in self.lanes])
+        return [self.lanes[place] for place in np.argsort(self.rng.exponential(size=len(left)) / left)]
+
+    def _most_requests_of_one(self) -> int:
+        """Requests that one lane may take of a step, so that there are ``users_per_step``, or as many as there are."""
+        settings = self.feed.config.train
+        users = min(settings.users_per_step, len(self.lanes)) if self.feed.train else 1
+        return -(-settings.requests_per_step // max(users, 1))
+
+    def _open_lane(self) -> Lane | None:
+        """The lane of the next user; None where there is none."""
+        user = self._next_user()
+        if user is None:
+            return None
+        self._under_way.add(user)
+        first, end = np.searchsorted(self.feed.impressions.user, [user, user + 1]).tolist()
+        return Lane(user, 0, first, end)
+
+    def _next_user(self) -> int | None:
+        """The next one in order. Who is still under way from the last epoch is put off until that has ended."""
+        for user in self.put_off:
+            if user not in self._under_way:
+                self.put_off.remove(user)
+                return user
+        for user in self._in_order():
+            if user not in self._under_way:
+                return user
+            if user not in self.put_off:
+                self.put_off.append(user)
+        return None
+
+    def _in_order(self) -> Iterator[int]:
+        """Users of this epoch; in training, unless all are under way, of the next one when they are through."""
+        while True:
+            while self.next_user < len(self.order):
+                self.next_user += 1
+                yield int(self.order[self.next_user - 1])
+            if not self.feed.train or len(self._under_way) == len(self.order):
+                return
+            self.epoch, self.next_user = self.epoch + 1, 0
+            self.order = self._new_order()
 
     def _next_stretch(self, lane: Lane, max_requests: int, max_segments: int) -> Stretch:
         size = self.feed.config.model.segment_events

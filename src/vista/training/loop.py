@@ -47,6 +47,7 @@ from vista.evaluation.scoring import score
 from vista.models.batch import Output
 from vista.models.losses import multi_task_loss
 from vista.progress import Progress
+from vista.training.averaging import WeightAverage
 from vista.training.processes import Processes, join_others
 from vista.training.state import pack_optimizers, stop_on_interrupt, under, unpack_optimizers
 
@@ -59,7 +60,6 @@ class Position:
 
     data: str = ""
     step: int = 0
-    epoch: int = 0
     elapsed_s: float = 0.0
     best_ne: float = math.inf
     best_step: int = 0
@@ -162,6 +162,7 @@ class Trainer:
         if not self.processes.is_first:  # dropout of its own
             torch.manual_seed(_seed_of(config.train.seed, self.processes.rank, 0))
         self.optimizers = make_optimizers(model, config.train)
+        self.average = WeightAverage(model, config.train.average_steps)
         self.position, self.carry = Position(), MemoryCarry()
         self.total_steps = self._count_steps()
         self.writer = SummaryWriter(str(out / "tensorboard")) if self.processes.is_first else None
@@ -180,7 +181,8 @@ class Trainer:
         if not self._is_over():  # a finished run that is resumed makes no step that an uninterrupted one would not
             self._run(quiet)
             if self.position.best_step == 0:  # nothing was ever better than infinity: keep what there is
-                self._keep_best()
+                with self.average.applied():
+                    self._keep_best()
         if self.writer is not None:
             self.writer.close()
 
@@ -198,7 +200,8 @@ class Trainer:
                     before + now - started, now - checkpoint_s > settings.checkpoint_every_s, interrupted()
                 )
                 if self._is_over() or self.position.step % settings.validate_every_steps == 0:
-                    progress.update(**self._validate())
+                    with self.average.applied():
+                        progress.update(**self._validate())
                 if self._is_over() or is_interrupted or is_due:
                     self.save()
                     checkpoint_s = time.monotonic()
@@ -216,19 +219,16 @@ class Trainer:
     def _steps(self) -> Generator[SharedStep, None, None]:
         settings, processes = self.config.train, self.processes
         sharer = Sharer(self.feeds.train, processes.rank, settings.portions_per_step)
-        while True:
-            walk = TimelineWalk(self.feeds.train, settings.seed, self.position.epoch, processes.number)
-            if self.position.walk is not None:
-                walk.resume(self.position.walk)
-            with closing(ahead(sharer.steps(walk), settings.steps_ahead)) as steps:
-                for step in steps:
-                    self.position.walk = step.position
-                    if step.is_empty:
-                        self._pass_over(step)
-                    else:
-                        yield step
-            self.position.epoch += 1
-            self.position.walk = None
+        walk = TimelineWalk(self.feeds.train, settings.seed, processes.number)
+        if self.position.walk is not None:
+            walk.resume(self.position.walk)
+        with closing(ahead(sharer.steps(walk), settings.steps_ahead)) as steps:
+            for step in steps:
+                self.position.walk = step.position
+                if step.is_empty:
+                    self._pass_over(step)
+                else:
+                    yield step
 
     @torch.no_grad()
     def _pass_over(self, shared: SharedStep) -> None:
@@ -267,6 +267,7 @@ class Trainer:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.position.step += 1
+        self.average.update(self.position.step)
         for name, value in facts.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
         self.steps_summed += 1
@@ -364,6 +365,7 @@ class Trainer:
             return
         tensors = {f"model.{name}": t for name, t in self.model.state_dict().items()}
         tensors |= pack_optimizers(self.optimizers)
+        tensors |= {f"average.{name}": t for name, t in self.average.state().items()}
         for rank, (carried, generator) in enumerate(of_processes):
             tensors |= {f"carry.{name}": t for name, t in carried.items()}
             tensors["rng" + _suffix(rank)] = generator
@@ -380,6 +382,7 @@ class Trainer:
         self.position = Position(**facts)
         load_weights(self.model, under("model.", tensors), path)
         unpack_optimizers(self.optimizers, tensors)
+        self.average.load(under("average.", tensors))
         self.carry.load(under("carry.", tensors), self._own_users())
         rank, own = self.processes.rank, f"rng{_suffix(self.processes.rank)}"
         if own in tensors:
@@ -389,7 +392,7 @@ class Trainer:
 
     def _own_users(self) -> set[int]:
         """Users under way whose memory this process carries."""
-        walk = TimelineWalk(self.feeds.train, self.config.train.seed, self.position.epoch, self.processes.number)
+        walk = TimelineWalk(self.feeds.train, self.config.train.seed, self.processes.number)
         if self.position.walk is not None:
             walk.resume(self.position.walk)
         return {lane.user for lane in walk.lanes if lane.process == self.processes.rank}

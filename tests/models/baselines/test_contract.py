@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -50,8 +51,7 @@ def test_the_order_of_users_changes_nothing(name):
     feed = feed_of(name)
     model = model_for(feed)
     backwards = TimelineWalk(feed)
-    for part in ("order", "_starts", "_ends"):
-        setattr(backwards, part, getattr(backwards, part)[::-1])
+    backwards.order = backwards.order[::-1]
     with torch.no_grad():
         expected = logits_of(model, with_train(feed, window_segments=50, requests_per_step=1000))
         found = {}
@@ -136,7 +136,7 @@ def test_gradients_reach_every_weight(name, precision):
     """In training form, over an epoch, with a gradient that is finite; and in bfloat16, too."""
     feed = feed_of(name, train=True, search="soft")
     model = model_for(feed).train()
-    for step in TimelineWalk(feed):
+    for step in islice(TimelineWalk(feed), 10):
         with torch.autocast("cpu", precision, enabled=precision == torch.bfloat16):
             output = model(step.batch, model.init_memory(len(step.users)))
         parts = (output.logits[step.batch.is_valid], output.reconstruction, output.auxiliary)

@@ -151,7 +151,7 @@ def test_concurrent_posts_are_all_kept(served):
         thread.start()
     for thread in threads:
         thread.join()
-    assert set(outcomes) <= {"applied", "sorted in"}
+    assert set(outcomes) <= {"applied", "sorted in", "replayed"}, "all of which are in; which one, their order decides"
     assert len(outcomes) == 16
     assert served.client.get("/v1/users/crowd").json()["num_events"] == 16
 
@@ -308,6 +308,17 @@ def test_a_bucket_beyond_the_table_is_refused(served, bucket, reason):
     answer = served.post("/v2/models/vista/infer", {"inputs": inputs})
     assert answer.status_code == (400 if reason else 200), answer.text
     assert reason in answer.text
+
+
+@pytest.mark.parametrize("user", ["line\nbreak", "\n", "end\n", "a/b", "..", "?#%"])
+def test_a_user_of_any_characters_is_not_another(served, user):
+    """In a path, too: ``end%0A`` is not the user ``end``."""
+    events = [{"user": one, "item": 1, "at": "2026-01-01T00:00:00Z"} for one in (user, *filter(None, [user.strip()]))]
+    assert served.post("/v1/events", {"events": events}).status_code == 200
+    path = "".join(f"%{byte:02X}" for byte in user.encode())
+    for kind in ("users", "history", "tokens"):
+        answer = served.client.get(f"/v1/{kind}/{path}")
+        assert (answer.status_code, answer.json().get("user")) == (200, user), answer.text
 
 
 def test_paths_methods_versions_and_headers_that_are_not_there(served):

@@ -10,6 +10,7 @@ from importlib.metadata import version as version_of
 from typing import Any
 
 from starlette.applications import Starlette
+from starlette.convertors import Convertor, register_url_convertor
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
@@ -24,6 +25,10 @@ from vista.serving.openapi import openapi_document
 from vista.serving.page import page_file
 from vista.serving.requests import (
     LARGEST_INTEGER,
+    MAX_EVENTS_OF_TOKEN,
+    MAX_EVENTS_SHOWN,
+    MAX_USERS_LISTED,
+    TIMEOUT_HEADER,
     check_parameters,
     events_ask,
     explain_ask,
@@ -36,22 +41,38 @@ from vista.serving.requests import (
 from vista.serving.service import LOOK_TIMEOUT_S, Service
 from vista.serving.tensors import MODEL_NAME, answer_tensors, inputs_of, outputs_of, queries_of
 
-MAX_USERS_LISTED, MAX_EVENTS_SHOWN, MAX_EVENTS_OF_TOKEN = 100, 1000, 50  # in one answer
-TIMEOUT_HEADER = "x-request-timeout-ms"
 Handler = Callable[[Request], Awaitable[Response]]
+
+
+class _Anything(Convertor[str]):
+    """The rest of a path as it is: Starlette's own ``path`` ends at a line break, so ``a%0A`` would be user ``a``."""
+
+    regex = "(?s:.*)"
+
+    def convert(self, value: str) -> str:
+        return value
+
+    def to_string(self, value: str) -> str:
+        return value
+
+
+register_url_convertor("anything", _Anything())
 
 
 def application(service: Service, token: bytes | None) -> ASGIApp:
     """The ASGI application of a service."""
-    app = Starlette(routes=Handlers(service).routes(), exception_handlers={HTTPException: _not_routed})
+    app = Starlette(
+        routes=Handlers(service, token is not None).routes(), exception_handlers={HTTPException: _not_routed}
+    )
     return Surroundings(app, service.metrics, token)
 
 
 class Handlers:
     """One method per endpoint."""
 
-    def __init__(self, service: Service) -> None:
-        self._service = service
+    def __init__(self, service: Service, has_token: bool = False) -> None:
+        """has_token: whether requests must carry one, as the description says."""
+        self._service, self._has_token = service, has_token
 
     def routes(self) -> list[Route]:
         post, get = ["POST"], ["GET"]
@@ -62,9 +83,9 @@ class Handlers:
             ("/v1/events", "events", post, self.events),
             ("/v1/explain", "explain", post, self.explain),
             ("/v1/users", "users", get, self.some_users),
-            ("/v1/users/{id:path}", "users", get, self.user),
-            ("/v1/history/{id:path}", "history", get, self.history),
-            ("/v1/tokens/{id:path}", "tokens", get, self.tokens),
+            ("/v1/users/{id:anything}", "users", get, self.user),
+            ("/v1/history/{id:anything}", "history", get, self.history),
+            ("/v1/tokens/{id:anything}", "tokens", get, self.tokens),
             ("/v1/status", "status", get, self.status),
             ("/openapi.json", "metadata", get, self.openapi),
             ("/livez", "health", get, self.live),
@@ -156,7 +177,7 @@ class Handlers:
         return json_response(looks.status(self._service, *found))
 
     async def openapi(self, request: Request) -> Response:
-        return json_response(openapi_document())
+        return json_response(openapi_document(self._has_token, self._service.options.has_page))
 
     async def page(self, request: Request) -> Response:
         return page_file(request.path_params.get("name", "index.html"), request.headers.get("if-none-match", ""))

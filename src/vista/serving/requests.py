@@ -17,9 +17,12 @@ LARGEST_INTEGER = 2**63 - 1
 LARGEST_NUMBER = 3.4e38  # of a context value: within float32
 LATEST_US = 253_402_300_799_999_999  # the end of the year 9999
 MAX_K = 1000  # items recommended at once
+MAX_USERS_LISTED, MAX_EVENTS_SHOWN, MAX_EVENTS_OF_TOKEN = 100, 1000, 50  # in one answer
+TIMEOUT_HEADER = "x-request-timeout-ms"
 MAX_EXPLAINED = 100  # candidates explained at once: the answer has a weight per candidate, token and recent event
 DIGITS = 19  # of an integer of 64 bits
 SHOWN = 60  # characters of a value in a message
+LONGEST_AT = 60  # characters of a time: any form of ISO 8601 is shorter
 
 
 @dataclass(frozen=True)
@@ -227,7 +230,7 @@ def read_at(value: Any, place: str) -> int:
     at_us: int | None = None
     if isinstance(value, int) and not isinstance(value, bool):
         at_us = value
-    elif isinstance(value, str) and len(value) <= SHOWN:
+    elif isinstance(value, str) and len(value) <= LONGEST_AT:
         at_us = _iso_us(value)
     if at_us is None or not 0 <= at_us <= LATEST_US:
         raise RequestError(

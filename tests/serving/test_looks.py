@@ -16,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.models.worlds import histories
+from tests.serving.test_bounds import broken
 from tests.serving.test_scorer import LENGTHS, USERS, make_run, records
-from tests.serving.test_server import ANYTHING, AT, AT_US, NAMES, QUICK, Served, broken, serving
+from tests.serving.test_server import ANYTHING, AT, AT_US, NAMES, QUICK, Served, serving
 from vista.catalogue import Catalogue
 from vista.errors import StaleOutput
 from vista.schema import Manifest

@@ -5,12 +5,8 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
-import signal
-import socket
 import subprocess
-import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,20 +17,13 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from typer.testing import CliRunner
 
 from tests.serving.server import Running, fill, running, saved_run
 from tests.serving.test_scorer import USERS
 from vista.checkpoint import Run
-from vista.cli.main import app
-from vista.errors import CheckpointError, StoreError
-from vista.serving.metrics import Metrics
 from vista.serving.options import Limits, ServeOptions
 from vista.serving.scorer import Scorer
-from vista.serving.server import bound
-from vista.serving.service import Service
 from vista.store.contract import SummaryStore, open_store
-from vista.store.record import user_key
 
 AT, AT_US = "2033-05-18T03:33:20Z", 2_000_000_000_000_000
 LIMITS = Limits(max_candidates=500, max_events=50, max_body_bytes=20_000, timeout_s=5.0)
@@ -377,219 +366,3 @@ def test_any_tensors_get_an_answer_that_is_not_500(served, inputs, binary, off):
     header = {"inference-header-content-length": str(len(head) + off)}
     answer = served.post("/v2/models/vista/infer", head + binary, **header)
     assert answer.status_code in (200, 400, 413), answer.text
-
-
-# -- bounds, switches, failures
-
-
-def slow_reads(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
-    read = Scorer.read
-    monkeypatch.setattr(Scorer, "read", lambda self, users: (time.sleep(seconds), read(self, users))[1])
-
-
-def test_deadlines_and_full_queues(tmp_path, monkeypatch):
-    """What waits beyond its deadline is dropped and not worked on; who finds the queue full is told so at once."""
-    with serving(tmp_path, limits=Limits(max_waiting=2, timeout_s=5.0)) as served:
-        slow_reads(monkeypatch, 0.6)
-        answers: list[httpx.Response] = []
-
-        def ask() -> None:
-            with httpx.Client(base_url=served.running.url, timeout=20) as client:
-                headers = {"x-request-timeout-ms": "300"}
-                answers.append(client.post("/v1/rank", json={"user": 1, "candidates": [1]}, headers=headers))
-
-        threads = [threading.Thread(target=ask) for _ in range(6)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        codes = sorted(answer.status_code for answer in answers)
-        assert set(codes) == {429, 504}
-        assert next(a for a in answers if a.status_code == 429).headers["retry-after"] == "1"
-        time.sleep(0.7)
-        dropped = served.running.service.metrics.registry.get_sample_value("vista_dropped_total", {"queue": "rank"})
-        assert dropped is not None
-        assert dropped >= 1
-        assert served.post("/v1/rank", {"user": 1, "candidates": [1]}).status_code == 200
-
-
-def test_a_newly_published_version_takes_over_without_a_failed_request(tmp_path):
-    with serving(tmp_path, watch_s=0.05) as served:
-        other = saved_run(tmp_path / "runs" / "b", seed=1)
-        codes, versions, is_over = [], [], threading.Event()
-
-        def ask() -> None:
-            with httpx.Client(base_url=served.running.url, timeout=20) as client:
-                while not is_over.is_set():
-                    answer = client.post("/v1/rank", json={"user": "anna", "candidates": [1, 2], "at": AT})
-                    codes.append(answer.status_code)
-                    versions.append(answer.json()["model_version"])
-
-        thread = threading.Thread(target=ask)
-        thread.start()
-        end_s = time.monotonic() + 60
-        while not versions and time.monotonic() < end_s:
-            time.sleep(0.02)
-        fill(served.store, other)
-        while other.version not in versions and time.monotonic() < end_s:
-            time.sleep(0.02)
-        is_over.set()
-        thread.join()
-        assert set(codes) == {200}
-        assert versions[0] == served.run.version
-        assert versions[-1] == other.version
-        assert versions == sorted(versions, key=lambda version: version == other.version), "once, and not back"
-
-
-def test_a_version_without_a_run_leaves_the_old_one_in_use(tmp_path, capfd):
-    with serving(tmp_path) as served:
-        stranger = saved_run(tmp_path / "elsewhere", seed=2)
-        fill(served.store, stranger)
-        served.running.service.deployment.look()
-        assert served.client.get("/readyz").json() == {"ready": True, "model_version": served.run.version}
-    assert f"no run has version {stranger.version}" in capfd.readouterr().err
-
-
-def broken(*arguments: Any) -> None:
-    raise StoreError("redis://host: cannot be read (refused); is the server up?")
-
-
-@pytest.mark.parametrize("degrade", [False, True])
-def test_a_store_that_is_away(tmp_path, monkeypatch, degrade):
-    """503 with a time to come back, or a cold start that says so; and as before when the store is back."""
-    ask = {"user": "anna", "candidates": [1, 2], "at": AT}
-    with serving(tmp_path, degrade=degrade) as served:
-        before = served.post("/v1/rank", ask).json()
-        with monkeypatch.context() as patch:
-            for name in ("get_many", "published"):
-                patch.setattr(type(served.store), name, broken)
-            served.running.service.deployment.look()
-            answer = served.post("/v1/rank", ask)
-            ready = served.client.get("/readyz")
-            lost = served.post("/v1/events", {"events": [{"user": 1, "item": 1, "at": AT}]})
-            assert (lost.status_code, lost.headers["retry-after"]) == (503, "1")
-            assert served.client.get("/livez").status_code == 200
-            if degrade:
-                assert answer.json()["is_degraded"]
-                assert (answer.json()["is_known_user"], ready.status_code) == (False, 200)
-            else:
-                assert (answer.status_code, answer.headers["retry-after"], ready.status_code) == (503, "1", 503)
-        served.running.service.deployment.look()
-        assert served.client.get("/readyz").status_code == 200
-        assert served.post("/v1/rank", ask).json() == before
-
-
-def test_a_damaged_record_fails_its_own_user_alone(tmp_path):
-    with serving(tmp_path) as served:
-        (blob,) = served.store.get_many("tokens", [user_key("anna")], served.run.version)
-        damaged = blob[:100] + bytes([blob[100] ^ 4]) + blob[101:]
-        served.store.commit([("tokens", user_key("anna"), damaged)], served.run.version)
-        both = {"inputs": [
-            {"name": "user", "datatype": "BYTES", "shape": [2], "data": ["7", "anna"]},
-            {"name": "candidates", "datatype": "INT64", "shape": [2, 1], "data": [1, 1]},
-        ]}  # fmt: skip
-        answer = served.post("/v2/models/vista/infer", both)
-        assert (answer.status_code, "user 'anna': checksum" in answer.json()["error"]) == (500, True)
-        assert served.post("/v1/rank", {"user": 7, "candidates": [1]}).status_code == 200
-
-
-def test_a_cache_never_hides_an_acknowledged_event(tmp_path):
-    with serving(tmp_path, cache_users=10, cache_ttl_s=1000.0) as served:
-        ask = {"user": "anna", "candidates": [1, 2, 3], "at": AT}
-        first, second = (served.post("/v1/rank", ask).json() for _ in range(2))
-        assert first == second
-        assert len(served.running.service.model.scorer.cache or ()) == 1
-        event = {"user": "anna", "item": 3, "at": "2026-01-01T00:00:00Z"}
-        served.post("/v1/events", {"events": [event]})
-        assert served.post("/v1/rank", ask).json()["num_events"] == first["num_events"] + 1
-
-
-def test_a_token_is_asked_for_but_not_of_probers(tmp_path):
-    with serving(tmp_path, token=b"secret") as served:
-        body = {"user": 1, "candidates": [1]}
-        assert served.post("/v1/rank", body).status_code == 401
-        assert served.post("/v1/rank", body, authorization="Bearer wrong").status_code == 401
-        assert served.post("/v1/rank", body, authorization="Bearer secret").status_code == 200
-        assert served.client.get("/readyz").status_code == 200
-        assert served.client.get("/metrics").status_code == 401
-        triton = pytest.importorskip("tritonclient.grpc")
-        client = triton.InferenceServerClient(f"127.0.0.1:{served.running.grpc_port}")
-        assert client.is_server_ready()
-        with pytest.raises(triton.InferenceServerException, match="UNAUTHENTICATED"):
-            client.get_model_metadata("vista")
-        assert client.get_model_metadata("vista", headers={"authorization": "Bearer secret"}).name == "vista"
-        client.close()
-
-
-def test_a_run_and_a_store_that_do_not_match_are_refused_at_the_start(tmp_path):
-    run = saved_run(tmp_path / "runs" / "a")
-    with open_store(str(tmp_path / "store")) as store:
-        with pytest.raises(StoreError, match=f"has no version {run.version}.*vista summarize"):
-            Service(ServeOptions(tmp_path / "runs" / "a", "store"), store, Metrics())
-        with pytest.raises(StoreError, match="no version is published"):
-            Service(ServeOptions(tmp_path / "runs", "store"), store, Metrics())
-        fill(store, saved_run(tmp_path / "elsewhere", seed=1))
-        with pytest.raises(CheckpointError, match=f"its runs have {run.version}"):
-            Service(ServeOptions(tmp_path / "runs", "store"), store, Metrics())
-
-
-def test_the_command_serves_until_it_is_told_to_end(tmp_path):
-    """As a user runs it: ready, answering, no longer ready after SIGTERM but still answering, and a clean end."""
-    run = saved_run(tmp_path / "run")
-    with open_store(str(tmp_path / "store")) as store:
-        fill(store, run)
-    places = ["--run", str(tmp_path / "run"), "--store", str(tmp_path / "store")]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "vista.cli.main", "serve", *places, "--http-port", "0", "--grpc-port", "0",
-         "--drain-delay-s", "0.5"],
-        stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    assert process.stderr is not None
-    try:
-        first = json.loads(process.stderr.readline())
-        assert (first["event"], first["version"]) == ("serving", run.version)
-        with httpx.Client(base_url=first["http"], timeout=20) as client:
-            assert client.get("/readyz").status_code == 200
-            process.send_signal(signal.SIGTERM)
-            end_s = time.monotonic() + 10
-            while (ready := client.get("/readyz")).status_code == 200 and time.monotonic() < end_s:
-                time.sleep(0.01)
-            assert ready.json()["problem"] == "the server is ending"
-            assert client.post("/v1/rank", json={"user": "anna", "candidates": [1]}).status_code == 200
-        assert process.wait(20) == 0
-        assert json.loads(process.stderr.read().splitlines()[-1])["event"] == "ended"
-    finally:
-        process.kill()
-        process.stderr.close()
-
-
-@pytest.mark.parametrize(
-    ("words", "reason"),
-    [
-        (["--run", "no-run"], "no-run is not there"),
-        (["--data", "no-data"], "no-data"),
-        (["--store", "no-store"], "there is no store"),
-        (["--tls-cert", "cert.pem"], "belong together"),
-        (["--token-file", "no-token"], "no token can be read"),
-        (["--cache-users", "5"], "needs cache_ttl_s"),
-        (["--timeout-s", "0"], "timeout_s is 0.0"),
-        (["--host", "256.0.0.1"], "cannot be had"),
-    ],
-)
-def test_the_command_says_why_it_cannot_start(tmp_path, monkeypatch, words, reason):
-    monkeypatch.chdir(tmp_path)
-    run = saved_run(tmp_path / "run")
-    with open_store(str(tmp_path / "store")) as store:
-        fill(store, run)
-    given = {"--run": "run", "--store": "store"} | {words[0]: words[1]}
-    result = CliRunner().invoke(app, ["serve", *(word for pair in given.items() for word in pair)])
-    assert result.exit_code == 2
-    assert "error: " in result.stderr
-    assert reason in result.stderr
-    assert not (tmp_path / "no-store").exists()
-
-
-def test_small_answers_do_not_wait_for_more(tmp_path):
-    """asyncio sets TCP_NODELAY on accepted sockets that say they are TCP, as the listening one says."""
-    with bound(ServeOptions(tmp_path, "memory:nodelay", http_port=0)) as listening:
-        assert listening.proto == socket.IPPROTO_TCP

@@ -298,6 +298,8 @@ def _named(endpoint: str, handler: Handler) -> Handler:
             raise
         except Exception as error:
             status, facts["problem"], headers = told(error)
+            if status == 408:  # what is left of the body would keep the connection busy
+                headers["connection"] = "close"
             response = json_response({"error": facts["problem"], "request_id": facts["request_id"]}, status)
             response.headers.update(headers)
             return response

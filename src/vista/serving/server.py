@@ -13,17 +13,19 @@ import torch
 import uvicorn
 
 from vista.errors import ConfigError
+from vista.serving.connections import protocol
 from vista.serving.grpc_server import GrpcServer
 from vista.serving.history import HistorySource
 from vista.serving.http import application
 from vista.serving.logs import say
 from vista.serving.metrics import Metrics
 from vista.serving.options import ServeOptions
-from vista.serving.service import Service
+from vista.serving.service import LOOK_TIMEOUT_S, Service
 from vista.store.contract import open_store, shown
 
 BACKLOG = 2048
 KEEP_ALIVE_S = 75  # of an idle connection: longer than clients and proxies keep theirs, or they meet a closed one
+ARRIVAL_SHARE = 1.5  # of the longest deadline: until then a request must be there, after it none has an answer
 POLL_S = 0.01
 
 
@@ -131,6 +133,7 @@ class Server:
         options = self._options
         return uvicorn.Config(
             application(self._service, self._token), log_config=None, access_log=False, lifespan="off", ws="none",
+            http=protocol(ARRIVAL_SHARE * max(options.limits.timeout_s, LOOK_TIMEOUT_S)),
             server_header=False, backlog=BACKLOG, timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=max(int(options.limits.drain_s), 1),
             ssl_certfile=options.tls_cert, ssl_keyfile=options.tls_key,

@@ -10,8 +10,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from tests.serving.test_scorer import USERS, make_run, records
-from vista.checkpoint import Run, load_run, start_run, write_tensors
+from vista.checkpoint import Run, load_run, start_run, write_popularity, write_tensors
 from vista.schema import ContextColumn
 from vista.serving.metrics import Metrics
 from vista.serving.options import ServeOptions
@@ -37,10 +39,13 @@ class Running:
 
 
 def saved_run(folder: Path, seed: int = 0, **changes: object) -> Run:
-    """A run folder with random weights, loaded."""
+    """A run folder with random weights, and a random table of popularity where the model reads one, loaded."""
     made = make_run(CONTEXT, seed=seed, **changes)
     start_run(folder, made.config, made.schema, made.catalogue)
     write_tensors(folder / "model.safetensors", made.model.state_dict())
+    if made.config.model.has_popularity:
+        shape = made.catalogue.num_indices, len(made.schema.count_features)
+        write_popularity(folder, np.random.default_rng(seed).normal(size=shape).astype(np.float32), 0)
     return load_run(folder)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from tests.serving.test_scorer import USERS, make_run
 from vista.checkpoint import Run
 from vista.cli.main import app
 from vista.errors import CheckpointError
+from vista.models.inputs import Recent
 from vista.serving import graph
 from vista.serving.graph import RECENT, TOLERANCE, RankingGraph, example, export_model
 from vista.serving.scorer import Scorer
@@ -37,7 +39,7 @@ assert not [name for name, module in sys.modules.items() if name.startswith("vis
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Path]:
     folder = tmp_path_factory.mktemp("exported")
-    run = saved_run(folder / "run")
+    run = saved_run(folder / "run", ranker_layers=1)
     result = CliRunner().invoke(app, ["export-model", str(folder / "run"), "--out", str(folder / "model")])
     assert result.exit_code == 0, result.output
     assert "its scores are those of the model" in result.output
@@ -97,6 +99,40 @@ def test_any_numbers_of_users_candidates_and_events(exported):
 def test_models_of_all_kinds(tmp_path, context, changes):
     run = make_run(context, **changes)
     check_sizes(run, export_model(run, tmp_path / "model"))
+
+
+@torch.no_grad()
+def check_popularity(run: Run, program: Callable[..., torch.Tensor]) -> None:
+    """Each candidate is scored with its own row of the run's table."""
+    given = example(run, 2, 9, 4)
+    facts = [given.pop(name) for name in ("tokens", "num_events", "at_us", "candidates", "context")]
+    tokens, num_events, at_us, candidates, context = facts
+    recent = Recent(*(given.pop(name) for name in RECENT))
+    table = run.read_popularity()
+    expected, other = (
+        run.sequence_model.rank_users(
+            tokens, recent, num_events, at_us, candidates, context, tuple(given.values()), counts
+        ).sigmoid()
+        for counts in (table[candidates], table[candidates].roll(1, 1))
+    )
+    scores = program(**example(run, 2, 9, 4)).float()
+    torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-6)
+    assert float((scores - other).abs().max()) > 1e-3, "other rows, other scores"
+
+
+def test_candidates_look_up_their_popularity_in_the_graph(tmp_path):
+    """What is exported does; that the program does, too, shows the slow test."""
+    run = saved_run(tmp_path / "run", sketch_slots=8, popularity_days=30)
+    check_popularity(run, RankingGraph(run).eval())
+
+
+@pytest.mark.slow
+def test_the_table_of_popularity_is_part_of_the_program(tmp_path):
+    """As it was at the export: the run's own may be gone."""
+    run = saved_run(tmp_path / "run", sketch_slots=8, popularity_days=30)
+    path = export_model(run, tmp_path / "model")
+    check_sizes(run, path)
+    check_popularity(run, torch.export.load(path).module())
 
 
 def test_a_folder_in_the_way_stays_as_it_is(tmp_path):

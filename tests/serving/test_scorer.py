@@ -34,12 +34,13 @@ def make_run(context: tuple[ContextColumn, ...] = (), version: str = VERSION, se
     """A run with random weights, none of them zero."""
     config, items = model_config(**({"popularity_days": 0} | changes)), catalogue()
     torch.manual_seed(seed)
-    model = make_model(config, ItemTables.of(items), NUM_ACTIONS, 2, context, 0).eval()
+    counted = ("a", "b") if config.has_popularity else ()
+    model = make_model(config, ItemTables.of(items), NUM_ACTIONS, 2, context, len(counted)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if not parameter.any():
                 parameter.normal_(std=0.3)
-    schema = ModelSchema(("click", "like"), ("a", "b", "c"), context, items.fingerprint, ())
+    schema = ModelSchema(("click", "like"), ("a", "b", "c"), context, items.fingerprint, counted)
     return Run(Path("run"), Config(model=config), schema, items, model, version)  # type: ignore[arg-type]
 
 
@@ -295,12 +296,8 @@ def test_tokens_of_another_shape_are_refused(store, shape):
 
 def test_popularity_comes_from_the_runs_table(store, tmp_path):
     """Each candidate is scored with its row; without the file, or with that of other items, there is no scorer."""
-    config = model_config(sketch_slots=8)
-    names, num_items = ("a", "b"), catalogue().num_indices
-    torch.manual_seed(0)
-    model = make_model(config, ItemTables.of(catalogue()), NUM_ACTIONS, 2, (), len(names)).eval()
-    schema = ModelSchema(("click", "like"), ("a", "b", "c"), (), catalogue().fingerprint, names)
-    run = Run(tmp_path, Config(model=config), schema, catalogue(), model, VERSION)
+    run = replace(make_run(sketch_slots=8, popularity_days=30), folder=tmp_path)
+    model, num_items = run.sequence_model, run.catalogue.num_indices
     with pytest.raises(CheckpointError, match="vista summarize makes it"):
         Scorer(run, store)
     write_popularity(tmp_path, np.zeros((num_items + 1, 2), np.float32), 0)

@@ -1,10 +1,12 @@
 # Two commands to be up: `make demo` and `make test`. Both first make the virtual environment .venv, unless it is there.
 #
 #   PYTHON=python3.12 make test     another interpreter (3.11 or 3.12) for the environment
+#   make test JOBS=4                files of tests that run at a time; each takes a core and about a gigabyte
 #
 # A torch that is in range (TORCH_RANGE) is kept, in .venv or in the interpreter .venv is made from; else the pinned one is installed.
 
 PYTHON ?= python3
+JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed.stamp
@@ -20,7 +22,7 @@ demo: $(STAMP) ## the whole system on a built-in world: data, training, store, r
 	$(BIN)/vista demo
 
 test: $(STAMP) ## all tests but the slow ones
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 test-slow: $(STAMP) ## the slow tests alone
 	$(BIN)/python -m pytest -m slow

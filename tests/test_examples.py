@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SHORTER = {  # what some get here so that they end soon
-    "downstream_ranker.py": ["--users", "40", "--steps", "20", "--seeds", "2", "--epochs", "1"],
+    "downstream_ranker.py": ["--users", "12", "--steps", "8", "--seeds", "2", "--epochs", "1"],
 }
 SCRIPTS = sorted((ROOT / "examples").glob("*.py"))
 

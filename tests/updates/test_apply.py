@@ -201,7 +201,7 @@ def logs(draw, with_ids: bool | None = None) -> tuple[Log, list[int]]:
 @pytest.mark.parametrize("spacing", [None, Spacing(2, 2), Spacing(3, 2)], ids=["none kept", "kept", "kept wider"])
 @pytest.mark.parametrize("kind", list(RUNS), ids=lambda kind: "-".join(kind))
 @given(case=logs())
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_any_order_of_arrival_equals_batch(kind, spacing, case):
     log, cuts = case
     options = UpdateOptions(MemoryLog(), spacing, CLOCK, codec="float32")

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import grpc  # type: ignore[import-untyped]
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from vista.errors import ConfigError, RequestError
 from vista.serving.grpc_messages import CLASSES, SERVICE
@@ -52,8 +53,7 @@ class GrpcServer:
         }  # fmt: skip
         handlers = {
             name: grpc.unary_unary_rpc_method_handler(
-                self._around(name, handler),
-                request_deserializer=CLASSES[f"{name}Request"].FromString,
+                self._around(name, handler),  # gets bytes: gRPC itself would call those that are no message our failure
                 response_serializer=CLASSES[f"{name}Response"].SerializeToString,
             )
             for name, handler in methods.items()
@@ -84,12 +84,12 @@ class GrpcServer:
     def _around(self, name: str, handler: Handler) -> Callable[[Any, Any], Awaitable[Any]]:
         """The token, a line in the log, counts and times, and a status whatever happens."""
 
-        async def handle(request: Any, context: Any) -> Any:
+        async def handle(body: bytes, context: Any) -> Any:
             began_s, status, problem = time.monotonic(), 200, ""
             facts: dict[str, Any] = {"stages": {}}
             try:
                 self._check_token(name, context)
-                return await handler(request, context, facts)
+                return await handler(parsed(f"{name}Request", body), context, facts)
             except Exception as error:
                 status, problem, _ = told(error)
             finally:
@@ -152,6 +152,14 @@ class GrpcServer:
         if name != MODEL_NAME:
             raise RequestError(f"there is no model {shown(name)}; the model is {MODEL_NAME!r}", 404)
         check_version(self._service, version)
+
+
+def parsed(name: str, body: bytes) -> Any:
+    """A message. Raises RequestError for bytes that are none."""
+    try:
+        return CLASSES[name].FromString(body)
+    except DecodeError as error:
+        raise RequestError(f"{len(body)} bytes that are no {name} of the protocol ({error})") from error
 
 
 def _timeout_s(request: Any) -> float | None:

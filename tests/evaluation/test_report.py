@@ -30,9 +30,13 @@ PLOTS = {
 }
 
 
-def one(model: str, noise: float, seed: int = 0) -> Evaluation:
+def one(model: str, noise: float, seed: int = 0, num_tasks: int = 2) -> Evaluation:
+    """Of a made-up world. num_tasks: one has half of the plots, and so takes half of the time to draw."""
     curve = ({"step": 10, "validation_ne": 0.9, "loss": 0.5}, {"step": 20, "validation_ne": 0.8, "loss": 0.4})
-    return Evaluation.of(model, scored_world(noise, seed), {"split": "test", "seed": seed}, curve)
+    world = scored_world(noise, seed)
+    labels, probabilities = world.labels[:, :num_tasks], world.probabilities[:, :num_tasks]
+    world = replace(world, tasks=world.tasks[:num_tasks], labels=labels, probabilities=probabilities)
+    return Evaluation.of(model, world, {"split": "test", "seed": seed}, curve)
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +101,7 @@ def test_report_is_complete_and_refers_to_nothing_outside(
 
 
 def test_one_model_without_curve_or_bounds(tmp_path: Path) -> None:
-    evaluation = replace(one("vista", 0.5), learning_curve=())
+    evaluation = replace(one("vista", 0.5, num_tasks=1), learning_curve=())
     folder = write_report([evaluation], tmp_path / "report").parent
     assert {path.name for path in folder.glob("*.png")} == PLOTS - {"learning_curve.png"}
     assert read_report(folder)[1] is None
@@ -127,7 +131,7 @@ def test_numbers_in_markdown_are_those_measured(evaluations: list[Evaluation], t
 
 
 def test_an_older_report_is_replaced(tmp_path: Path) -> None:
-    short = replace(one("vista", 0.5), slices=())
+    short = replace(one("vista", 0.5, num_tasks=1), slices=())
     write_report([replace(short, model="old")], tmp_path / "report")
     (tmp_path / "report.partial").mkdir()  # left by a run that was killed
     (tmp_path / "report.partial" / "half").write_text("x")
@@ -142,12 +146,12 @@ def test_another_folder_is_not_touched(tmp_path: Path) -> None:
     folder.mkdir()
     (folder / "cat.jpg").write_text("cat")
     with pytest.raises(StaleOutput, match="photos is there and is not a report"):
-        write_report([one("vista", 0.5)], folder)
+        write_report([one("vista", 0.5, num_tasks=1)], folder)
     assert (folder / "cat.jpg").read_text() == "cat"
 
 
 def test_an_older_report_survives_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    evaluation = replace(one("vista", 0.5), slices=())
+    evaluation = replace(one("vista", 0.5, num_tasks=1), slices=())
     folder = write_report([evaluation], tmp_path / "report").parent
     monkeypatch.setattr(report, "_html", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):

@@ -270,6 +270,7 @@ def test_users_and_status(served):
 
 REFUSED = [
     ("/v1/users?limit=101", "from 0 to 100"), ("/v1/users?limit=-1", "limit is"), ("/v1/users?first=3", "no parameter"),
+    ("/v1/users?limit=1&limit=2", "stands twice"),
     ("/v1/history/anna?limit=x", "limit is"), ("/v1/history/anna?limit=1001", "from 0 to 1000"),
     ("/v1/history/anna?befor=3", "did you mean 'before'"), ("/v1/tokens/anna?events=51", "from 0 to 50"),
     ("/v1/history/anna?limit=" + "9" * 5000, "limit is"),

@@ -147,7 +147,7 @@ class Handlers:
         return json_response(looks.explained(found, ask))
 
     async def some_users(self, request: Request) -> Response:
-        check_parameters(request.query_params, ("limit",))
+        check_parameters(request.query_params.multi_items(), ("limit",))
         limit = read_number(request.query_params, "limit", 20, MAX_USERS_LISTED)
         return json_response(
             looks.some_users(*await self._service.some_users(limit, self._deadline_s(request, most_s=LOOK_TIMEOUT_S)))
@@ -155,7 +155,7 @@ class Handlers:
 
     async def history(self, request: Request) -> Response:
         given = request.query_params
-        check_parameters(given, ("limit", "before"))
+        check_parameters(given.multi_items(), ("limit", "before"))
         limit = read_number(given, "limit", 100, MAX_EVENTS_SHOWN)
         before = read_number(given, "before", LARGEST_INTEGER, LARGEST_INTEGER)
         user = read_id(request.path_params["id"], "user")
@@ -163,7 +163,7 @@ class Handlers:
         return json_response(looks.history(model, known, user, limit, before))
 
     async def tokens(self, request: Request) -> Response:
-        check_parameters(request.query_params, ("events",))
+        check_parameters(request.query_params.multi_items(), ("events",))
         number = read_number(request.query_params, "events", 5, MAX_EVENTS_OF_TOKEN)
         user = read_id(request.path_params["id"], "user")
         return json_response(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, NoReturn
@@ -116,11 +116,15 @@ def read_number(given: Mapping[str, str], name: str, default: int, most: int) ->
     return int(text)
 
 
-def check_parameters(given: Mapping[str, str], names: tuple[str, ...]) -> None:
-    """Raise RequestError for a parameter of a URL that is not there."""
-    unknown = [name for name in given if name not in names]
-    if unknown:
-        raise RequestError(f"there is no parameter {shown(unknown[0])} in this URL{nearest(unknown[0][:SHOWN], names)}")
+def check_parameters(given: Iterable[tuple[str, str]], names: tuple[str, ...]) -> None:
+    """Raise RequestError for a parameter of a URL that is not there, or stands twice. given: names and values."""
+    seen: set[str] = set()
+    for name, _ in given:
+        if name not in names:
+            raise RequestError(f"there is no parameter {shown(name)} in this URL{nearest(name[:SHOWN], names)}")
+        if name in seen:
+            raise RequestError(f"the parameter {name} stands twice in this URL; leave one out")
+        seen.add(name)
 
 
 def events_ask(body: bytes, limits: Limits) -> list[PostedEvent]:

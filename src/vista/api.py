@@ -157,9 +157,9 @@ def plan(
     return made, chosen
 
 
-def export_model(run: Path | str, out: Path | str) -> Path:
-    """The ranking as a program that torch runs without vista; returns its path. See docs/serving.md."""
-    return _export_model(load_run(run), Path(out))
+def export_model(run: Path | str, out: Path | str, compiled: bool = False) -> Path:
+    """The ranking as a program that torch runs without vista, and compiled, too; its path. See docs/serving.md."""
+    return _export_model(load_run(run), Path(out), compiled)
 
 
 def rank(run: Path | str, store: str, user: Any, candidates: list[Any], at_us: int | None = None) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -74,7 +75,11 @@ def test_its_scores_are_those_of_the_scorer_without_vista(exported, tmp_path):
 
 
 def check_sizes(run: Run, path: Path) -> None:
-    loaded, own = torch.export.load(path).module(), RankingGraph(run).eval()
+    check_program(run, torch.export.load(path).module())
+
+
+def check_program(run: Run, loaded: Callable[..., torch.Tensor]) -> None:
+    own = RankingGraph(run).eval()
     most = run.config.model.recent_events
     for number, (users, candidates, recent) in enumerate([(1, 1, 1), (1, 500, most), (3, 2, 5), (17, 33, most)]):
         given = example(run, users, candidates, recent, seed=100 + number)
@@ -133,6 +138,37 @@ def test_the_table_of_popularity_is_part_of_the_program(tmp_path):
     path = export_model(run, tmp_path / "model")
     check_sizes(run, path)
     check_popularity(run, torch.export.load(path).module())
+
+
+COMPILED_ALONE = ALONE.replace("torch.export.load(path).module()", "torch._inductor.aoti_load_package(path)")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_the_compiled_program_has_the_same_scores_without_vista(tmp_path):
+    """At sizes it was not compiled at, and in a process that has no vista."""
+    shutil.which("g++") or pytest.skip("needs a C++ compiler")
+    run = saved_run(tmp_path / "run", sketch_slots=8, popularity_days=30)
+    words = ["export-model", str(tmp_path / "run"), "--out", str(tmp_path / "model"), "--compile"]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.output
+    path = tmp_path / "model" / json.loads((tmp_path / "model" / "metadata.json").read_text())["compiled"]["file"]
+    check_program(run, torch._inductor.aoti_load_package(str(path)))
+    torch.save(example(run, 2, 9, 4), tmp_path / "given.pt")
+    words = [str(path), str(tmp_path / "given.pt"), str(tmp_path / "scores.pt")]
+    subprocess.run([sys.executable, "-W", "ignore", "-c", COMPILED_ALONE, *words], check=True, timeout=200)
+    with torch.no_grad():
+        expected = RankingGraph(run).eval()(**example(run, 2, 9, 4))
+    torch.testing.assert_close(torch.load(tmp_path / "scores.pt"), expected, rtol=0, atol=TOLERANCE)
+
+
+def test_without_a_compiler_nothing_is_compiled_and_nothing_written(tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    saved_run(tmp_path / "run")
+    words = ["export-model", str(tmp_path / "run"), "--out", str(tmp_path / "model"), "--compile"]
+    result = CliRunner().invoke(app, words)
+    assert (result.exit_code, "no C++ compiler 'no-such-compiler'" in result.stderr) == (2, True)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_a_folder_in_the_way_stays_as_it_is(tmp_path):

@@ -2,6 +2,7 @@
 
     DIR/
       model.pt2       torch.export of one function, users and their candidates to scores
+      compiled.pt2    on demand, the same compiled (AOTInductor) for processors like this machine's
       metadata.json   what it takes and gives, and how ids, actions and context become its numbers
       items.json      the catalogue's item ids, in order of their item indices
 
@@ -17,8 +18,11 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import os
 import shutil
+import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version as version_of
 from pathlib import Path
@@ -28,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from vista.checkpoint import Run
-from vista.errors import CheckpointError, StaleOutput
+from vista.errors import CheckpointError, ConfigError, StaleOutput
 from vista.models.inputs import Recent
 from vista.models.memory import Running
 from vista.models.sketch import Sketch
@@ -36,6 +40,7 @@ from vista.schema import NUM_CONTEXT_BUCKETS
 
 MOST_USERS, MOST_CANDIDATES = 4096, 65_536  # of one call: bounds that the program checks
 TOLERANCE = 1e-6  # of a probability: the same operators in the same order; other shapes may add up in another
+COMPILED = "compiled.pt2"
 RECENT = ("recent_item", "recent_action", "recent_timestamp_us", "recent_gap_us")
 EXAMPLES = ((1, 1, 1), (2, 7, 3), (5, 64, None))  # users, candidates, recent events (None: all) that are compared
 
@@ -150,12 +155,17 @@ def sketch_parts(sketch: Running) -> dict[str, Tensor]:
     return dict(zip(names[: len(sketch)], sketch, strict=True))
 
 
-def export_model(run: Run, out: Path) -> Path:
-    """Write the program, its metadata and the item ids; returns the program's path.
+def export_model(run: Run, out: Path, is_compiled: bool = False) -> Path:
+    """Write the program, its metadata and the item ids; returns the program's path. is_compiled: compile it, too.
 
-    The program is loaded again and compared with the model before anything is put in its place. Raises StaleOutput
-    where ``out`` is there and not empty, CheckpointError where this torch makes a program of other scores.
+    A program is loaded again and compared with the model before anything is put in its place. Raises StaleOutput
+    where ``out`` is there and not empty, ConfigError where nothing can compile, CheckpointError where this torch makes
+    a program of other scores.
     """
+    if is_compiled and shutil.which(_compiler()) is None:
+        raise ConfigError(
+            f"there is no C++ compiler {_compiler()!r} to compile with; install one, or leave out --compile"
+        )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise StaleOutput(f"{out} is there and is not an empty folder: name another one, or remove it")
     graph = RankingGraph(run).eval()
@@ -171,9 +181,12 @@ def export_model(run: Run, out: Path) -> Path:
             strict=False,
         )  # fmt: skip
         torch.export.save(program, path)
-        _check_equal(run, graph, path)
+        _check_equal(run, graph, torch.export.load(path).module())
+        if is_compiled:
+            _compile(program, path.with_name(COMPILED))
+            _check_equal(run, graph, torch._inductor.aoti_load_package(str(path.with_name(COMPILED))))
     (partial / "items.json").write_text(json.dumps(run.catalogue.ids.tolist()))
-    (partial / "metadata.json").write_text(json.dumps(metadata(run), indent=2) + "\n")
+    (partial / "metadata.json").write_text(json.dumps(metadata(run, is_compiled), indent=2) + "\n")
     if out.exists():
         out.rmdir()
     partial.replace(out)
@@ -190,8 +203,25 @@ def _shapes(run: Run) -> dict[str, dict[int, Any]]:
     return {one.name: {n: sizes[s] for n, s in enumerate(one.shape) if isinstance(s, str)} for one in inputs_of(run)}
 
 
-def _check_equal(run: Run, graph: RankingGraph, path: Path) -> None:
-    loaded: Any = torch.export.load(path).module()
+def _compiler() -> str:
+    """The C++ compiler that torch calls."""
+    return os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+
+
+def _compile(program: torch.export.ExportedProgram, path: Path) -> None:
+    """Compile a program. Raises CheckpointError."""
+    logging.getLogger("torch._inductor").setLevel(logging.ERROR)
+    try:
+        torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+    except Exception as error:  # of many kinds: torch's own, and whatever its compiler's end makes of it
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(
+            f"torch {torch.__version__} could not compile the ranking with {_compiler()}: {reason}; "
+            "leave out --compile, or choose another compiler by the variable CXX"
+        ) from error
+
+
+def _check_equal(run: Run, graph: RankingGraph, loaded: Callable[..., Tensor]) -> None:
     for number, (users, candidates, recent) in enumerate(EXAMPLES):
         size = None if recent is None else min(recent, run.config.model.recent_events)
         given = example(run, users, candidates, size, number)
@@ -203,12 +233,15 @@ def _check_equal(run: Run, graph: RankingGraph, path: Path) -> None:
             )
 
 
-def metadata(run: Run) -> dict[str, Any]:
+def metadata(run: Run, is_compiled: bool = False) -> dict[str, Any]:
     """What a caller must know who has no vista."""
     columns = [asdict(column) for column in run.schema.context]
+    compiled = {"file": COMPILED, "processor": torch.backends.cpu.get_cpu_capability(),
+                "threads": torch.get_num_threads()}  # fmt: skip
     return {
         "model_version": run.version,
         "made_by": {"vista": version_of("vista-recsys"), "torch": torch.__version__},
+        "compiled": compiled if is_compiled else None,
         "inputs": [asdict(one) for one in inputs_of(run)],
         "output": {"shape": ["B", "C", "T"], "dtype": "float64", "meaning": "a probability per task"},
         "most": {"B": MOST_USERS, "C": MOST_CANDIDATES, "R": run.config.model.recent_events},

@@ -374,6 +374,7 @@ def test_ctrl_c_ends_workers_in_the_middle_of_a_block(run, data, tmp_path, monke
     def interrupt() -> None:
         until(lambda: len(set(children(os.getpid())) - before) == 2)
         mine.update(set(children(os.getpid())) - before)
+        time.sleep(0.5)  # the second one is there before the engine knows of it
         os.kill(os.getpid(), signal.SIGINT)
 
     thread = threading.Thread(target=interrupt)

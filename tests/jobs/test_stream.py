@@ -100,7 +100,7 @@ def refused(path: Path) -> list[tuple]:
 
 
 def test_killed_twice(tmp_path):
-    check_kills(tmp_path, 2, size=400, seed=1, max_events=7, max_ms=5)
+    check_kills(tmp_path, 2, size=600, seed=1, max_events=7, max_ms=5)
 
 
 @pytest.mark.slow

@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 
+from tests.serving.test_bounds import broken
 from tests.serving.test_looks import Logged
-from tests.serving.test_server import Served, broken, serving
+from tests.serving.test_server import Served, serving
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs the package playwright")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")

@@ -95,6 +95,7 @@ def test_any_numbers_of_users_candidates_and_events(exported):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize(
     ("context", "changes"),
     [((), {}), (CONTEXT, {"sketch_slots": 8}), ((), {"sketch_slots": 64}),
@@ -132,6 +133,7 @@ def test_candidates_look_up_their_popularity_in_the_graph(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_the_table_of_popularity_is_part_of_the_program(tmp_path):
     """As it was at the export: the run's own may be gone."""
     run = saved_run(tmp_path / "run", sketch_slots=8, popularity_days=30)

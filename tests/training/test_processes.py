@@ -13,10 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from tests.training.two_processes import STOP, config, interrupted
 from tests.training.worlds import SMALL, write_world
 from vista.checkpoint import read_tensors
+from vista.cli.main import app
 from vista.data.histories import PreparedData
 from vista.errors import ConfigError
 from vista.training.loop import train
@@ -28,6 +30,14 @@ TOLERANCE = 1e-4  # of losses and weights after 20 steps: gradients are added up
 def torchrun_environment(rank: int, port: int) -> dict[str, str]:
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     return os.environ | {"OMP_NUM_THREADS": "1", "RANK": str(rank), "WORLD_SIZE": "2"} | address
+
+
+def test_other_commands_are_refused_under_torchrun(monkeypatch):
+    for name, value in (torchrun_environment(0, 1) | {"TORCHELASTIC_RUN_ID": "none"}).items():
+        monkeypatch.setenv(name, value)
+    result = CliRunner().invoke(app, ["doctor"])
+    assert result.exit_code == 2
+    assert "2 processes of vista doctor; only vista train" in result.stderr
 
 
 def free_port() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Annotated
 
@@ -53,8 +54,13 @@ def train(
                  "train.max_epochs": max_epochs, "train.time_budget_s": time_budget_s}  # fmt: skip
         chosen = {key: value for key, value in given.items() if value is not None}
         resolved = resolve(size, config, chosen | parse_overrides(overrides or []))
-    run_training(PreparedData.open(data), out, resolved, resume)
-    if own_rank() > 0:  # the first one speaks for all
+    try:
+        run_training(PreparedData.open(data), out, resolved, resume)
+    except KeyboardInterrupt:
+        if own_rank() == 0:
+            raise
+        raise typer.Exit(128 + signal.SIGINT) from None  # the first one speaks for all
+    if own_rank() > 0:
         return
     run = load_run(out)
     typer.echo(f"trained {out}: model {resolved.model.model}, version {run.version}")

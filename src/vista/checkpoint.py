@@ -74,11 +74,13 @@ class ModelSchema:
         return [known.get(str(value), 0) for value in actions]
 
 
-def build_model(config: ModelConfig, schema: ModelSchema, catalogue: Catalogue) -> Model:
-    """A fresh model for this data."""
+def build_model(
+    config: ModelConfig, schema: ModelSchema, catalogue: Catalogue, tables: ItemTables | None = None
+) -> Model:
+    """A fresh model for this data. tables: instead of the catalogue's own."""
     return make_model(
         config,
-        ItemTables.of(catalogue),
+        tables or ItemTables.of(catalogue),
         num_actions=len(schema.actions),
         num_tasks=len(schema.tasks),
         context=schema.context,

@@ -31,6 +31,9 @@ def train(
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="Any other setting, as in --set model.memory=sum; repeatable.")
     ] = None,
+    shard_items: Annotated[
+        bool, typer.Option("--shard-items", help="Under torchrun: each process holds a part of the item table only.")
+    ] = False,
     resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint of the run folder.")] = False,
 ) -> None:
     """Train a model on prepared data. Ctrl-C keeps a checkpoint; --resume goes on from it.
@@ -55,7 +58,7 @@ def train(
         chosen = {key: value for key, value in given.items() if value is not None}
         resolved = resolve(size, config, chosen | parse_overrides(overrides or []))
     try:
-        run_training(PreparedData.open(data), out, resolved, resume)
+        run_training(PreparedData.open(data), out, resolved, resume, shard_items=shard_items)
     except KeyboardInterrupt:
         if own_rank() == 0:
             raise

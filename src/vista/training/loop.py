@@ -35,6 +35,7 @@ from vista.checkpoint import (
     load_weights,
     read_tensors,
     start_run,
+    write_in_parts,
     write_popularity,
     write_tensors,
 )
@@ -377,20 +378,25 @@ class Trainer:
             file.write(json.dumps(line) + "\n")
 
     def _keep_best(self) -> None:
-        weights = self._whole(self.model.state_dict())
-        if self.processes.is_first:
-            facts = {"step": self.position.step, "validation_ne": self.position.best_ne}
-            write_tensors(self.out / "model.safetensors", weights, facts)
+        facts = {"step": self.position.step, "validation_ne": self.position.best_ne}
+        self._write(self.out / "model.safetensors", self.model.state_dict(), facts)
 
-    def _whole(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The same, in the first process, with the shards of the item table and of its optimizer put together."""
+    def _write(self, path: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        """Write a file of the run folder: the first process does, with the others' rows where they hold some."""
         if self.shards is None:
-            return tensors
-        whole = {name: self.shards.whole(t) for name, t in tensors.items() if name in self.sharded_names}
-        return tensors | {name: t for name, t in whole.items() if t is not None}
+            if self.processes.is_first:
+                write_tensors(path, tensors, facts)
+            return
+        sharded = {name: self.shards.whole(tensors[name]) for name in sorted(tensors.keys() & self.sharded_names)}
+        if self.processes.is_first:
+            write_in_parts(path, tensors | sharded, facts)
+        else:
+            for whole in sharded.values():
+                for _ in whole.parts:
+                    pass
 
     def _own(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The reverse of ``_whole``, in each process."""
+        """Of the tensors of a checkpoint those that this process holds."""
         if self.shards is None:
             return tensors
         return tensors | {name: self.shards.own(tensors[name]) for name in tensors.keys() & self.sharded_names}
@@ -399,15 +405,13 @@ class Trainer:
         """Write all that going on needs, in one atomic step: the first process for all of them."""
         of_processes = self.processes.collect((self.carry.state(), torch.get_rng_state()))
         tensors = {f"model.{name}": t for name, t in self.model.state_dict().items()}
+        tensors |= pack_optimizers(self.optimizers)
         tensors |= {f"average.{name}": t for name, t in self.average.state().items()}
-        tensors = self._whole(tensors | pack_optimizers(self.optimizers))
-        if not self.processes.is_first:
-            return
         for rank, (carried, generator) in enumerate(of_processes):
             tensors |= {f"carry.{name}": t for name, t in carried.items()}
             tensors["rng" + _suffix(rank)] = generator
         facts = vars(self.position) | {"sums": self.sums, "steps_summed": self.steps_summed}
-        write_tensors(self.out / "training.safetensors", tensors, facts)
+        self._write(self.out / "training.safetensors", tensors, facts)
 
     def restore(self) -> None:
         """Go on from ``training.safetensors``. Raises CheckpointError when it is not there or does not fit."""

@@ -10,6 +10,7 @@ Shape letters: V rows of the whole table, U rows asked for, D width.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding
 
 from vista.catalogue import Catalogue
-from vista.checkpoint import ModelSchema, build_model
+from vista.checkpoint import InParts, ModelSchema, build_model
 from vista.config import Config
 from vista.errors import ConfigError
 from vista.models.batch import TimelineBatch
@@ -25,6 +26,7 @@ from vista.models.embeddings import ITEM_SCALE, ItemEmbedding, ItemTables
 from vista.models.model import Model
 from vista.training.processes import Processes
 
+ROWS_AT_ONCE = 16_384  # of each process, when a table is written: some MB, whatever the table
 OPTIMIZER_STATES = ("optimizer.1.0.exp_avg", "optimizer.1.0.exp_avg_sq")  # of each row, as a checkpoint calls them
 
 
@@ -71,16 +73,23 @@ class ShardedRows(nn.Embedding):
         while self._ask(torch.zeros(0, dtype=torch.int64), is_done=True)[1]:
             pass
 
-    def whole(self, mine: Tensor) -> Tensor | None:
-        """A tensor (V, ...) of the whole table from each process's rows of it, in the first process alone."""
+    def whole(self, mine: Tensor) -> InParts:
+        """A tensor (V, ...) of the whole table from each process's rows of it, as the first process can write it.
+
+        All processes go through its parts together; those of the others are empty.
+        """
+        return InParts((self.num_rows, *mine.shape[1:]), mine.dtype, self._parts(mine))
+
+    def _parts(self, mine: Tensor) -> Iterator[Tensor]:
         number = self.processes.number
-        pieces = self.processes.to_first(mine, [len(range(rank, self.num_rows, number)) for rank in range(number)])
-        if pieces is None:
-            return None
-        whole = mine.new_empty(self.num_rows, *mine.shape[1:])
-        for rank, piece in enumerate(pieces):
-            whole[rank::number] = piece
-        return whole
+        for start in range(0, -(-self.num_rows // number), ROWS_AT_ONCE):
+            own = slice(start, start + ROWS_AT_ONCE)
+            lengths = [len(range(rank, self.num_rows, number)[own]) for rank in range(number)]
+            part = mine.new_empty(sum(lengths), *mine.shape[1:])
+            pieces = self.processes.to_first(mine[own], lengths)
+            for rank, piece in enumerate(pieces or []):
+                part[rank::number] = piece
+            yield part[: len(part) if pieces else 0]
 
     def own(self, whole: Tensor) -> Tensor:
         """This process's rows of a tensor (V, ...)."""

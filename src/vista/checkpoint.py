@@ -269,7 +269,7 @@ def write_in_parts(path: Path, tensors: dict[str, Tensor | InParts], facts: dict
         file.write(struct.pack("<Q", len(text)) + text)
         for tensor in (tensors[name] for name in order):
             for part in tensor.parts if isinstance(tensor, InParts) else [tensor]:
-                file.write(memoryview(part.detach().contiguous().reshape(-1).view(torch.uint8).numpy()))
+                file.write(part.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)

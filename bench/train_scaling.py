@@ -31,6 +31,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -94,8 +95,9 @@ def make_trainer(feed: Feed, folder: Path, num_items: int = NUM_ITEMS, is_sparse
 
 
 def by_timeline(feed: Feed, seed: int) -> Iterator[SharedStep]:
-    """An epoch as `vista train` walks it."""
-    return Sharer(feed).steps(TimelineWalk(feed, seed))
+    """As many steps as an epoch has, as `vista train` walks."""
+    num_steps = -(-feed.impressions.num_requests // feed.config.train.requests_per_step)
+    return islice(Sharer(feed).steps(TimelineWalk(feed, seed)), num_steps)
 
 
 def by_impression(feed: Feed, seed: int) -> Iterator[SharedStep]:
@@ -228,8 +230,7 @@ def embeddings(num_items: int, repeats: int, folder: Path) -> list[dict[str, flo
     for repeat in range(repeats + 1):
         cost = {}
         for sparse, trainer in ways.items():
-            steps = (step for _, step in zip(range(EMBEDDING_STEPS), by_timeline(feed, repeat), strict=False))
-            cost[sparse] = measure_steps(trainer, steps)["cpu_s"]
+            cost[sparse] = measure_steps(trainer, islice(by_timeline(feed, repeat), EMBEDDING_STEPS))["cpu_s"]
         pairs.append(cost[False] / cost[True])
     return [{"items": num_items, "dense_over_sparse": statistics.median(pairs[1:])}]
 

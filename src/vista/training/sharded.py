@@ -136,7 +136,7 @@ def shards_of(model: nn.Module) -> tuple[ShardedRows | None, set[str]]:
     if not found:
         return None, set()
     name, rows = found[0]
-    return rows, {name, f"model.{name}", *OPTIMIZER_STATES}
+    return rows, {name, f"model.{name}", f"average.{name}", *OPTIMIZER_STATES}
 
 
 def _items_of(batch: TimelineBatch) -> list[Tensor]:

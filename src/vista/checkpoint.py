@@ -18,7 +18,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
+import struct
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +41,10 @@ from vista.models.vista import SequenceModel, make_model
 from vista.schema import ContextColumn, Manifest
 
 POPULARITY = "popularity.safetensors"
+DTYPES = {
+    torch.float64: "F64", torch.int64: "I64", torch.float32: "F32", torch.int32: "I32", torch.float16: "F16",
+    torch.bfloat16: "BF16", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -74,11 +81,13 @@ class ModelSchema:
         return [known.get(str(value), 0) for value in actions]
 
 
-def build_model(config: ModelConfig, schema: ModelSchema, catalogue: Catalogue) -> Model:
-    """A fresh model for this data."""
+def build_model(
+    config: ModelConfig, schema: ModelSchema, catalogue: Catalogue, tables: ItemTables | None = None
+) -> Model:
+    """A fresh model for this data. tables: instead of the catalogue's own."""
     return make_model(
         config,
-        ItemTables.of(catalogue),
+        tables or ItemTables.of(catalogue),
         num_actions=len(schema.actions),
         num_tasks=len(schema.tasks),
         context=schema.context,
@@ -231,6 +240,37 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], facts: dict[str, Any] 
         {name: t.detach().contiguous() for name, t in tensors.items()}, partial, {"facts": json.dumps(facts or {})}
     )
     with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+@dataclass(frozen=True)
+class InParts:
+    """A tensor that is made while it is written, some rows at a time: it need not fit into memory."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    parts: Iterable[Tensor]  # its rows, from the first to the last
+
+
+def write_in_parts(path: Path, tensors: dict[str, Tensor | InParts], facts: dict[str, Any] | None = None) -> None:
+    """Write what ``write_tensors`` writes, where some tensors come in parts; those by name, one after another."""
+    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))  # so that all lie aligned
+    header: dict[str, Any] = {"__metadata__": {"facts": json.dumps(facts or {})}}
+    end = 0
+    for name in order:
+        start, shape, dtype = end, list(tensors[name].shape), tensors[name].dtype
+        end += math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": DTYPES[dtype], "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for tensor in (tensors[name] for name in order):
+            for part in tensor.parts if isinstance(tensor, InParts) else [tensor]:
+                file.write(part.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from tests.training.worlds import EVENTS_PER_USER, SMALL, write_world
-from vista.checkpoint import load_run, read_tensors, write_tensors
+from vista.checkpoint import InParts, load_run, read_tensors, write_in_parts, write_tensors
 from vista.config import MODELS, Config, resolve
 from vista.data.histories import PreparedData
 from vista.errors import CheckpointError, StaleOutput, TrainingError
@@ -244,3 +244,16 @@ def test_batches_built_ahead_change_nothing(data, tmp_path):
     for ahead in (0, 3):
         train(data, tmp_path / str(ahead), config(train__steps_ahead=ahead), quiet=True)
     assert_same(tmp_path / "0", tmp_path / "3")
+
+
+def test_a_file_written_in_parts_is_read_as_one_written_at_once(tmp_path):
+    small = {"a": torch.arange(5, dtype=torch.int8), "b": torch.tensor(3.5), "c": torch.randn(3, 2).bfloat16(),
+             "d": torch.arange(4), "e": torch.zeros(0, 2), "f": torch.tensor([True, False, True])}  # fmt: skip
+    big = torch.randn(7, 3)
+    write_in_parts(tmp_path / "x", small | {"big": InParts((7, 3), torch.float32, big.split(2))}, {"step": 4})
+    found, facts = read_tensors(tmp_path / "x")
+    assert facts == {"step": 4}
+    assert found.keys() == {*small, "big"}
+    for name, expected in (small | {"big": big}).items():
+        assert found[name].dtype == expected.dtype
+        assert torch.equal(found[name], expected)

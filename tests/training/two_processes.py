@@ -11,11 +11,11 @@ from pathlib import Path
 from tests.training.worlds import SMALL
 from vista.config import Config, resolve
 from vista.data.histories import PreparedData
-from vista.training import loop
+from vista.training import loop, sharded
 from vista.training.loop import train
 
-STOP = 7  # steps; inside an epoch, with lanes under way
-STEPS = {"train.max_steps": 20, "train.checkpoint_every_s": 1e9}
+STOP = 4  # steps; inside an epoch, with lanes under way
+STEPS = {"train.max_steps": 10, "train.checkpoint_every_s": 1e9}
 
 
 def config(model: str = "vista") -> Config:
@@ -41,12 +41,14 @@ def interrupted(rank: str):
 
 
 def main() -> None:
+    sharded.ROWS_AT_ONCE = 10  # several parts
     folder = Path(sys.argv[1])
     data = PreparedData.open(folder / "data")
     train(data, folder / "two", config(), quiet=True)
     with interrupted("1"):
         train(data, folder / "cut by two", config(), quiet=True)
-    train(data, folder / "cut by one", config(), resume=True, quiet=True)
+    train(data, folder / "cut by one", config(), resume=True, quiet=True, shard_items=True)
+    train(data, folder / "sharded", config(), quiet=True, shard_items=True)
 
 
 if __name__ == "__main__":

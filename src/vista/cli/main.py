@@ -35,7 +35,7 @@ from vista.cli.store import app as store
 from vista.cli.stream import app as stream
 from vista.cli.summarize import rank, summarize
 from vista.cli.train import train
-from vista.errors import VistaError, VistaWarning
+from vista.errors import ConfigError, VistaError, VistaWarning
 
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, what a shell reports for Ctrl-C
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
@@ -100,6 +100,7 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def common(
+    context: typer.Context,
     show_version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and end.")
     ] = False,
@@ -108,6 +109,12 @@ def common(
     ] = False,
 ) -> None:
     """Options of every command; VistaGroup reads ``debug``, the version is printed by its callback."""
+    started = os.environ.get("WORLD_SIZE", "1")
+    if started != "1" and "TORCHELASTIC_RUN_ID" in os.environ and context.invoked_subcommand != "train":
+        raise ConfigError(
+            f"torchrun has started {started} processes of vista {context.invoked_subcommand}; only vista train is made "
+            "for that: start the others as they are"
+        )
 
 
 app.command()(demo)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Annotated
 
@@ -30,6 +31,9 @@ def train(
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="Any other setting, as in --set model.memory=sum; repeatable.")
     ] = None,
+    shard_items: Annotated[
+        bool, typer.Option("--shard-items", help="Under torchrun: each process holds a part of the item table only.")
+    ] = False,
     resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint of the run folder.")] = False,
 ) -> None:
     """Train a model on prepared data. Ctrl-C keeps a checkpoint; --resume goes on from it.
@@ -53,8 +57,13 @@ def train(
                  "train.max_epochs": max_epochs, "train.time_budget_s": time_budget_s}  # fmt: skip
         chosen = {key: value for key, value in given.items() if value is not None}
         resolved = resolve(size, config, chosen | parse_overrides(overrides or []))
-    run_training(PreparedData.open(data), out, resolved, resume)
-    if own_rank() > 0:  # the first one speaks for all
+    try:
+        run_training(PreparedData.open(data), out, resolved, resume, shard_items=shard_items)
+    except KeyboardInterrupt:
+        if own_rank() == 0:
+            raise
+        raise typer.Exit(128 + signal.SIGINT) from None  # the first one speaks for all
+    if own_rank() > 0:
         return
     run = load_run(out)
     typer.echo(f"trained {out}: model {resolved.model.model}, version {run.version}")

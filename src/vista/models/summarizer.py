@@ -42,6 +42,7 @@ from vista.models.memory import (
     make_memory,
     project_heads,
 )
+from vista.models.recomputed import fold_in_blocks, must_recompute, read_in_blocks
 from vista.models.sketch import Sketch
 from vista.ops.order import SegmentOrder
 from vista.ops.qla import carried, qla, read_memory, rms_norm
@@ -77,6 +78,10 @@ class Segments:
     is_valid: Tensor
     item: Tensor
     timestamp_us: Tensor
+
+    def rows(self, chosen: Tensor) -> Segments:
+        """Some of the segments."""
+        return Segments(*(getattr(self, f.name)[chosen] for f in fields(self)))
 
 
 class SummarizerLayer(nn.Module):
@@ -303,6 +308,13 @@ class Summarizer(nn.Module):
 
         Returns the memory after each segment (G, ...) and after all (B, ...).
         """
+        if must_recompute(segments.is_valid.numel()):
+            return fold_in_blocks(self._fold, segments, order, memory)
+        return self._fold(segments, order, memory)
+
+    def _fold(
+        self, segments: Segments, order: SegmentOrder, memory: tuple[LayerMemory, ...]
+    ) -> tuple[tuple[LayerMemory, ...], tuple[LayerMemory, ...]]:
         after, last = [], []
         rows: Tensor | None = segments.x
         for layer, before in zip(self._layers, memory, strict=False):  # behind the layers' memories stands the sketch
@@ -326,6 +338,11 @@ class Summarizer(nn.Module):
 
     def read_memory(self, memory: tuple[LayerMemory, ...], progress: Progress) -> Tensor:
         """Summary tokens (M, K, D) from M memories, each as of its progress."""
+        if must_recompute(len(progress.num_events) * self.config.num_seeds):
+            return read_in_blocks(self._read_memory, memory, progress, self.config.num_seeds)
+        return self._read_memory(memory, progress)
+
+    def _read_memory(self, memory: tuple[LayerMemory, ...], progress: Progress) -> Tensor:
         s = self._fresh_seeds(progress)
         for layer, layer_memory in zip(self._layers, memory, strict=False):
             s = layer.read(s, layer_memory, progress.num_events)

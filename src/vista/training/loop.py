@@ -35,6 +35,7 @@ from vista.checkpoint import (
     load_weights,
     read_tensors,
     start_run,
+    write_in_parts,
     write_popularity,
     write_tensors,
 )
@@ -49,6 +50,7 @@ from vista.models.losses import multi_task_loss
 from vista.progress import Progress
 from vista.training.averaging import WeightAverage
 from vista.training.processes import Processes, join_others
+from vista.training.sharded import build_sharded, shards_of
 from vista.training.state import pack_optimizers, stop_on_interrupt, under, unpack_optimizers
 
 FACTS = ("log_loss", "reconstruction", "auxiliary_log_loss", "loss")  # of a step; a model need not have all
@@ -75,28 +77,42 @@ class Feeds:
     validation: Feed
 
 
-def train(data: PreparedData, out: Path, config: Config, resume: bool = False, quiet: bool = False) -> Path:
+def train(
+    data: PreparedData,
+    out: Path,
+    config: Config,
+    resume: bool = False,
+    quiet: bool = False,
+    shard_items: bool = False,
+) -> Path:
     """Train a model on prepared data into the run folder ``out``; returns it.
 
     Ctrl-C ends after the step under way, with a checkpoint; ``resume`` goes on from the last one and gives the
     weights an uninterrupted run would have given (but for a time budget, which counts seconds), with another number of
     processes up to rounding. In the processes that torchrun starts, all must be called alike; the first one writes.
+    shard_items: each of them holds a part of the item table only.
     Raises StaleOutput when ``out`` holds a run and ``resume`` is not set, TrainingError for labels that never vary and
     for a loss that is not finite.
     """
     check_labels(data)
     processes = join_others()
-    trainer = _prepare(data, out, config, resume, processes)
+    trainer = _prepare(data, out, config, resume, processes, shard_items)
     trainer.run(quiet or not processes.is_first)
     processes.collect(None)  # what the first one wrote is there for all of them
     return out
 
 
-def _prepare(data: PreparedData, out: Path, config: Config, resume: bool, processes: Processes) -> Trainer:
+def _prepare(
+    data: PreparedData, out: Path, config: Config, resume: bool, processes: Processes, shard_items: bool
+) -> Trainer:
     """A trainer that is ready to run, from the beginning or from the run folder's checkpoint."""
     torch.manual_seed(config.train.seed)
     feeds, count_names = make_feeds(data, config)
     schema = ModelSchema.of(data.manifest, data.catalogue, count_names)
+    if shard_items:
+        model = build_sharded(config, schema, data.catalogue, processes)
+    else:
+        model = build_model(config.model, schema, data.catalogue)
 
     def begin() -> None:
         if resume:
@@ -109,7 +125,7 @@ def _prepare(data: PreparedData, out: Path, config: Config, resume: bool, proces
                 write_popularity(out, *latest_table(data))
 
     processes.first(begin)
-    trainer = Trainer(build_model(config.model, schema, data.catalogue), feeds, config, out, processes)
+    trainer = Trainer(model, feeds, config, out, processes)
     if resume:
         trainer.restore()
         if trainer.position.data != data.manifest.fingerprint:
@@ -158,7 +174,8 @@ class Trainer:
     def __init__(self, model: Any, feeds: Feeds, config: Config, out: Path, processes: Processes | None = None) -> None:
         self.model, self.feeds, self.config, self.out = model, feeds, config, out
         self.processes = processes or Processes()
-        self.processes.spread(model)
+        self.shards, self.sharded_names = shards_of(model)
+        self.processes.spread(t for name, t in model.state_dict().items() if name not in self.sharded_names)
         if not self.processes.is_first:  # dropout of its own
             torch.manual_seed(_seed_of(config.train.seed, self.processes.rank, 0))
         self.optimizers = make_optimizers(model, config.train)
@@ -238,6 +255,8 @@ class Trainer:
             if memory:
                 _, memory = self.model.prepare(step.batch, self.carry.gather(step, memory))
             self.carry.keep(step, memory)
+        if self.shards:
+            self.shards.finish()
 
     def _is_over(self) -> bool:
         budget = self.config.train.time_budget_s
@@ -252,6 +271,8 @@ class Trainer:
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * factor
+        if self.shards:
+            self.shards.fetch([portion.step.batch for portion in step.portions])
         facts = self._sum_facts([self._backward(portion) for portion in step.portions])
         if not math.isfinite(facts["loss"]):
             users = [user for portion in step.portions for user in portion.step.users]
@@ -261,7 +282,9 @@ class Trainer:
                 f"values; the last good weights are in {self.out}"
             )
         dense, *tables = ([p for group in o.param_groups for p in group["params"]] for o in self.optimizers)
-        self.processes.sum_gradients(dense, [p for table in tables for p in table])
+        if self.shards:
+            self.shards.push()
+        self.processes.sum_gradients(dense, [] if self.shards else [p for table in tables for p in table])
         nn.utils.clip_grad_norm_(dense, settings.clip_norm)
         for optimizer in self.optimizers:
             optimizer.step()
@@ -338,6 +361,8 @@ class Trainer:
         users, mine, _ = np.intersect1d(users, feed.with_requests(), return_indices=True)
         own = users[share_out(requests[mine], processes.number) == processes.rank]
         scores = score(self.model, replace(feed, users=own), "validate", quiet=True)
+        if self.shards:
+            self.shards.finish()
         found = processes.collect((scores.impression, scores.probability))
         impression, probability = (np.concatenate(columns) for columns in zip(*found, strict=True))
         order = np.argsort(impression)
@@ -353,16 +378,32 @@ class Trainer:
             file.write(json.dumps(line) + "\n")
 
     def _keep_best(self) -> None:
-        if not self.processes.is_first:
-            return
         facts = {"step": self.position.step, "validation_ne": self.position.best_ne}
-        write_tensors(self.out / "model.safetensors", self.model.state_dict(), facts)
+        self._write(self.out / "model.safetensors", self.model.state_dict(), facts)
+
+    def _write(self, path: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        """Write a file of the run folder: the first process does, with the others' rows where they hold some."""
+        if self.shards is None:
+            if self.processes.is_first:
+                write_tensors(path, tensors, facts)
+            return
+        sharded = {name: self.shards.whole(tensors[name]) for name in sorted(tensors.keys() & self.sharded_names)}
+        if self.processes.is_first:
+            write_in_parts(path, tensors | sharded, facts)
+        else:
+            for whole in sharded.values():
+                for _ in whole.parts:
+                    pass
+
+    def _own(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Of the tensors of a checkpoint those that this process holds."""
+        if self.shards is None:
+            return tensors
+        return tensors | {name: self.shards.own(tensors[name]) for name in tensors.keys() & self.sharded_names}
 
     def save(self) -> None:
         """Write all that going on needs, in one atomic step: the first process for all of them."""
         of_processes = self.processes.collect((self.carry.state(), torch.get_rng_state()))
-        if not self.processes.is_first:
-            return
         tensors = {f"model.{name}": t for name, t in self.model.state_dict().items()}
         tensors |= pack_optimizers(self.optimizers)
         tensors |= {f"average.{name}": t for name, t in self.average.state().items()}
@@ -370,7 +411,7 @@ class Trainer:
             tensors |= {f"carry.{name}": t for name, t in carried.items()}
             tensors["rng" + _suffix(rank)] = generator
         facts = vars(self.position) | {"sums": self.sums, "steps_summed": self.steps_summed}
-        write_tensors(self.out / "training.safetensors", tensors, facts)
+        self._write(self.out / "training.safetensors", tensors, facts)
 
     def restore(self) -> None:
         """Go on from ``training.safetensors``. Raises CheckpointError when it is not there or does not fit."""
@@ -378,6 +419,7 @@ class Trainer:
         if not path.exists():
             raise CheckpointError(f"{path} is not there: nothing to resume; remove {self.out} and start again")
         tensors, facts = read_tensors(path)
+        tensors = self._own(tensors)
         self.sums, self.steps_summed = facts.pop("sums"), facts.pop("steps_summed")
         self.position = Position(**facts)
         load_weights(self.model, under("model.", tensors), path)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -99,12 +99,28 @@ class Processes:
         self._sum(total)
         return total.tolist()
 
-    def spread(self, model: nn.Module) -> None:
-        """Give all processes the first one's weights."""
+    def spread(self, tensors: Iterable[Tensor]) -> None:
+        """Give all processes what the first one has."""
         if self.number > 1:
             with _others_may_end():
-                for tensor in model.state_dict().values():
+                for tensor in tensors:
                     dist.broadcast(tensor, 0)
+
+    def exchange(self, mine: Tensor, sent: list[int], got: list[int]) -> Tensor:
+        """Rows sent to the processes, sent[i] to each in turn, against those that they sent here, got[i] from each."""
+        received = mine.new_empty(sum(got), *mine.shape[1:])
+        with _others_may_end():
+            dist.all_to_all_single(received, mine.contiguous(), got, sent)
+        return received
+
+    def to_first(self, mine: Tensor, lengths: list[int]) -> list[Tensor] | None:
+        """The rows (n, ...) of each process, in the first one; lengths: how many each has."""
+        padded = mine.new_zeros(max(lengths), *mine.shape[1:])
+        padded[: len(mine)] = mine.detach()
+        found = [torch.empty_like(padded) for _ in lengths] if self.is_first else None
+        with _others_may_end():
+            dist.gather(padded, found)
+        return None if found is None else [rows[:n] for rows, n in zip(found, lengths, strict=True)]
 
     def sum_gradients(self, dense: Sequence[nn.Parameter], tables: Sequence[nn.Parameter]) -> None:
         """Make each gradient the sum over all processes, the same to the last bit in all of them.

@@ -1,4 +1,4 @@
-"""Every form of the operators that models use, against the definition: torch, and Triton's kernels.
+"""Every form of the operators that models use, against the definition: torch, tiles, and Triton's kernels.
 
 Without a GPU, kernels run in Triton's interpreter, one program after another in Python: hence the small shapes. They
 are ragged in every direction all the same: users of no, one and several segments, segments that fill no block, head
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tests.models.worlds import histories, summarizer
+from vista.ops import forms, tiled
 from vista.ops.forms import kernels_on
 from vista.ops.order import SegmentOrder
 from vista.ops.qla import no_norm, rms_norm, scan_sums, segment_causal_qla, segment_causal_qla_naive, segment_sums
@@ -25,8 +26,11 @@ HEADS, SIZE = 2, 20
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}  # of the largest number
 
 
-@pytest.fixture(params=["torch", "kernels"])
-def form(request: pytest.FixtureRequest) -> Iterator[str]:
+@pytest.fixture(params=["torch", "tiles", "kernels"])
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    if request.param == "torch":
+        monkeypatch.setattr(forms, "_tiled", set())
+    monkeypatch.setattr(tiled, "TILE_NUMBERS", 1)  # a segment each
     if request.param == "kernels" and importlib.util.find_spec("triton") is None:
         pytest.skip("Triton is not installed (it is to be had on Linux alone)")
     with kernels_on(*([DEVICE] if request.param == "kernels" else [])):

@@ -1,7 +1,7 @@
-"""Which form of an operator runs: Triton's kernels on a GPU where Triton is installed, torch everywhere else.
+"""Which form of an operator runs: Triton's kernels on a GPU where Triton is installed, tiles on a CPU, else torch.
 
 Kernels take float32, bfloat16 and float16; sums are float32 in all of them. float64, the reference of tests, and heads
-wider than WIDEST go through torch.
+wider than WIDEST go through tiles or torch.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ LEAST_CAPABILITY = (8, 0)  # of the GPU: the first whose matrix units take bfloa
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 SWITCH = "VISTA_KERNELS"  # of the environment; 0 turns kernels off
 _devices = {"cuda"}
+_tiled = {"cpu"}
 
 
 def uses_kernels(*tensors: Tensor) -> bool:
@@ -29,6 +30,11 @@ def uses_kernels(*tensors: Tensor) -> bool:
         and all(t.dtype in TYPES and t.shape[-1] <= WIDEST + 1 for t in tensors)  # + 1: a slot's denominator
         and (tensors[0].device.type != "cuda" or not why_torch())
     )
+
+
+def uses_tiles(*tensors: Tensor) -> bool:
+    """Whether an operator on these tensors, for which no kernel runs, runs `vista.ops.tiled`."""
+    return all(t.device.type in _tiled for t in tensors)
 
 
 @functools.cache

@@ -45,13 +45,32 @@ class SegmentOrder:
         return torch.arange(len(self.user)) - self.first[self.user]
 
     @cached_property
-    def steps(self) -> tuple[tuple[Tensor, Tensor], ...]:
-        """For each j: the rows of the j-th segments of all users that have that many, and those users."""
-        steps = []
-        for j in range(int(self.num_segments.max()) if self.num_users else 0):
-            active = (self.num_segments > j).nonzero().squeeze(1)
-            steps.append((self.first[active] + j, active))
-        return tuple(steps)
+    def steps(self) -> tuple[Tensor | None, ...]:
+        """For each j: the users that have a j-th segment, int64, in main memory; None for everyone."""
+        most = int(self.num_segments.max()) if self.num_users else 0
+        active = [(self.num_segments > j).nonzero().squeeze(1) for j in range(most)]
+        return tuple(None if len(users) == self.num_users else users for users in active)
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        """How many users each step has."""
+        return [self.num_users if users is None else len(users) for users in self.steps]
+
+    @cached_property
+    def place(self) -> Tensor | None:
+        """The segments step by step, (G,) int64, in main memory; None where they stand so already (one user)."""
+        rows = [(self.first if users is None else self.first[users]) + j for j, users in enumerate(self.steps)]
+        place = torch.cat(rows) if rows else self.first[:0]
+        return None if torch.equal(place, torch.arange(len(place))) else place
+
+    def by_step(self, value: Tensor) -> tuple[Tensor, ...]:
+        """Values (G, ...) of segments to those of each step."""
+        value = value if self.place is None else value[self.place.to(value.device)]
+        return value.split(self.sizes)
+
+    def by_segment(self, value: Tensor) -> Tensor:
+        """The reverse, of the steps' values one after another (G, ...)."""
+        return value if self.place is None else value[torch.argsort(self.place).to(value.device)]
 
     def scan(
         self,
@@ -68,20 +87,22 @@ class SegmentOrder:
         Always in time order and never as a parallel prefix sum, so that the result does not depend on how a history was
         cut into calls: the same additions happen in the same order.
         """
-        running = tuple(initial)
-        after_segment: list[tuple[Tensor, ...]] = []
-        device = parts[0].device
-        for rows, users in ((rows.to(device), users.to(device)) for rows, users in self.steps):
-            everyone = len(users) == self.num_users
-            now = running if everyone else tuple(value[users] for value in running)
-            now = merge(now, tuple(part[rows] for part in parts))
-            running = (
-                now
-                if everyone
-                else tuple(value.index_copy(0, users, new) for value, new in zip(running, now, strict=True))
-            )
-            after_segment.append(now)
-        if not after_segment:
-            return tuple(value[:0] for value in running), running
-        place = torch.argsort(torch.cat([rows for rows, _ in self.steps])).to(device)
-        return tuple(torch.cat(values)[place] for values in zip(*after_segment, strict=True)), running
+        now, after_steps = tuple(initial), []
+        if not self.steps:
+            return tuple(value[:0] for value in now), now
+        everyone = torch.arange(self.num_users)
+        before = everyone
+        for step, users in zip(zip(*map(self.by_step, parts), strict=True), self.steps, strict=True):
+            active = everyone if users is None else users
+            if len(active) < len(before):  # who has no further segment had none later either
+                kept = torch.isin(before, active).to(now[0].device)
+                now = tuple(value[kept] for value in now)
+            now, before = merge(now, step), active
+            after_steps.append(now)
+        after = tuple(self.by_segment(torch.cat(values)) for values in zip(*after_steps, strict=True))
+        if self.steps[-1] is None:
+            return after, now
+        some = self.num_segments > 0
+        ends = (self.first + self.num_segments - 1)[some].to(now[0].device)
+        some = some.nonzero().squeeze(1).to(now[0].device)
+        return after, tuple(value.index_copy(0, some, later[ends]) for value, later in zip(initial, after, strict=True))

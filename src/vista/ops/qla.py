@@ -13,7 +13,8 @@ With one segment that holds everything (S = infinity) and no norm, O_g is the pa
 
 Each operator stands here twice: ``*_naive`` is the definition, one history and plain loops, meant to be read and to be
 tested against; the other form is the one models use. On a GPU that form runs the kernels of `vista.ops.triton_qla` and
-`vista.ops.triton_scan`, elsewhere torch (`vista.ops.forms`). Values and gradients of all are equal (tests/ops).
+`vista.ops.triton_scan`, on a CPU the tiles of `vista.ops.tiled`, elsewhere torch (`vista.ops.forms`). Values and
+gradients of all are equal (tests/ops).
 
 Shape letters: B users, G segments (of all users together), S rows of a segment, H heads, E head width, F value width.
 """
@@ -26,7 +27,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from vista.ops.forms import uses_kernels
+from vista.ops import tiled
+from vista.ops.forms import uses_kernels, uses_tiles
 from vista.ops.order import SegmentOrder
 
 Norm = Callable[[Tensor], Tensor]
@@ -152,6 +154,8 @@ def scan_sums(
         from vista.ops.triton_scan import scan
 
         return scan(order, running, parts)
+    if uses_tiles(parts[0]):
+        return tiled.scan(order, merge_sums, running, parts)
     return order.scan(merge_sums, running, parts)
 
 
@@ -166,6 +170,8 @@ def segment_sums(k: Tensor, v: Tensor, is_valid: Tensor | None = None) -> Tensor
         from vista.ops.triton_qla import SegmentSums
 
         return SegmentSums.apply(k, v, is_valid)
+    if uses_tiles(k, v):
+        return tiled.SegmentSums.apply(k, v, is_valid)
     if is_valid is not None:
         k = k * is_valid[:, None, :, None]
     return carried(silu(k).transpose(-2, -1) @ v)
@@ -173,10 +179,14 @@ def segment_sums(k: Tensor, v: Tensor, is_valid: Tensor | None = None) -> Tensor
 
 def read_memory(q: Tensor, memory: Tensor, norm: Norm = rms_norm) -> Tensor:
     """phi(Q) phi(norm(M)): q (..., rows, E), memory (..., E, F) float32, to (..., rows, F) in q's type."""
-    if q.ndim == memory.ndim == 4 and norm in (rms_norm, no_norm) and uses_kernels(q, memory):
-        from vista.ops.triton_qla import ReadMemory
+    if q.ndim == memory.ndim == 4 and norm in (rms_norm, no_norm):
+        eps = NORM_EPS if norm is rms_norm else None
+        if uses_kernels(q, memory):
+            from vista.ops.triton_qla import ReadMemory
 
-        return ReadMemory.apply(q, memory, NORM_EPS if norm is rms_norm else None)
+            return ReadMemory.apply(q, memory, eps)
+        if uses_tiles(q, memory):
+            return tiled.ReadMemory.apply(q, memory, eps)
     return silu(q) @ silu(norm(memory)).to(q.dtype)
 
 

@@ -5,7 +5,7 @@
 
 A segment's part is (sums, m) of its own events; merging two rescales both to the larger maximum and adds. The naive
 form is the definition, the other the one models use: on a GPU it runs `vista.ops.triton_slots` and
-`vista.ops.triton_scan`. Values and gradients of all are equal (tests/ops).
+`vista.ops.triton_scan`, on a CPU `vista.ops.tiled`. Values and gradients of all are equal (tests/ops).
 
 Shape letters: B users, G segments (of all users together), S rows of a segment, H heads, E head width, K seeds.
 """
@@ -15,7 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vista.ops.forms import uses_kernels
+from vista.ops import tiled
+from vista.ops.forms import uses_kernels, uses_tiles
 from vista.ops.order import SegmentOrder
 from vista.ops.qla import add_compensated, carried
 
@@ -38,6 +39,8 @@ def slot_parts(query: Tensor, k: Tensor, v: Tensor, is_valid: Tensor) -> tuple[T
         from vista.ops.triton_slots import SlotParts
 
         return SlotParts.apply(query, k, v, is_valid)
+    if uses_tiles(k, v):
+        return tiled.SlotParts.apply(query, k, v, is_valid, EMPTY_MAXIMUM)
     logits = carried(query.to(k.dtype) @ k.transpose(-2, -1)) * k.shape[-1] ** -0.5
     logits = logits.masked_fill(~is_valid[:, None, None, :], EMPTY_MAXIMUM)
     maximum = logits.amax(-1)
@@ -69,6 +72,8 @@ def scan_slots(order: SegmentOrder, running: Values, parts: Values) -> tuple[Val
         from vista.ops.triton_scan import scan
 
         return scan(order, running, parts)
+    if uses_tiles(parts[0]):
+        return tiled.scan(order, merge_slots, running, parts)
     return order.scan(merge_slots, running, parts)
 
 

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import rms_norm
 
+from vista.ops import dense
+
 ALIGNED_NOISE = 0.02  # standard deviation around the identity
 
 
@@ -38,6 +40,23 @@ class GatedUnit(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         value, gate = self.value_and_gate(x).chunk(2, -1)
         return self.out(value * gate)
+
+    def added(self, x: Tensor) -> Tensor:
+        """x + SGLU(norm x)."""
+        weights = self.value_and_gate.weight, self.out.weight
+        if dense.pays(x, *weights):
+            return dense.AddUnit.apply(x.reshape(-1, x.shape[-1]), *weights).view(x.shape)
+        return x + self(norm(x))
+
+
+def project_normed(x: Tensor, *linears: nn.Linear) -> tuple[Tensor, ...]:
+    """Projections without bias of norm(x): (..., D) to (..., columns) each."""
+    weights = [linear.weight for linear in linears]
+    if dense.pays(x, *weights):
+        made = dense.Project.apply(x.reshape(-1, x.shape[-1]), *weights)
+        return tuple(t.view(*x.shape[:-1], t.shape[-1]) for t in made)
+    h = norm(x)
+    return tuple(linear(h) for linear in linears)
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:

@@ -24,7 +24,7 @@ from vista.config import ModelConfig
 from vista.models.batch import Requests
 from vista.models.embeddings import GAP_BUCKETS, ContextEncoder, gap_bucket
 from vista.models.head import Head
-from vista.models.layers import GatedUnit, aligned, join_heads, norm, split_heads
+from vista.models.layers import GatedUnit, aligned, join_heads, norm, project_normed, split_heads
 from vista.models.memory import ASKABLE
 from vista.schema import ContextColumn
 
@@ -53,8 +53,8 @@ class TargetAttention(nn.Module):
 
     def keys_values(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Context rows (..., n, D) to keys and values (..., H, n, E), shared by all candidates."""
-        h = norm(rows)
-        return split_heads(self.key(h), self.num_heads), split_heads(self.value(h), self.num_heads)
+        k, v = project_normed(rows, self.key, self.value)
+        return split_heads(k, self.num_heads), split_heads(v, self.num_heads)
 
     def forward(
         self,
@@ -68,8 +68,8 @@ class TargetAttention(nn.Module):
 
         seen: takes the attention weights (Q, H, C, K + R + 1) on tokens, recent events and the candidate itself.
         """
-        h = norm(x)
-        q, k_self, v_self = (split_heads(p(h), self.num_heads) for p in (self.query, self.key, self.value))
+        projected = project_normed(x, self.query, self.key, self.value)
+        q, k_self, v_self = (split_heads(t, self.num_heads) for t in projected)
         q = q * (self.log_scale.exp() * q.shape[-1] ** -0.5)[:, None, None].to(q.dtype)
         on_tokens = (q @ tokens[0].transpose(-2, -1)).float()
         on_recent = (q @ recent[0].transpose(-2, -1)).float() + bias
@@ -82,7 +82,7 @@ class TargetAttention(nn.Module):
         read = w_tokens @ tokens[1] + w_recent @ recent[1] + w_self * v_self
         mass = torch.cat([_log_mass(on_tokens), _log_mass(on_recent)], 1).transpose(1, 2)  # (Q, C, 2H)
         x = x + self.dropout(self.out(read.transpose(1, 2).flatten(2)) + self.mass(mass.to(x.dtype)))
-        return x + self.dropout(self.unit(norm(x)))
+        return x + self.dropout(self.unit(norm(x))) if self.dropout.p else self.unit.added(x)
 
 
 def _log_mass(logits: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ from vista.models.batch import LayerMemory, flatten, unflatten
 from vista.models.embeddings import EventEmbedding
 from vista.models.folding import can_fold, fold_closed
 from vista.models.inputs import US_PER_S, Events, Progress, Recent, ragged_index
-from vista.models.layers import GatedUnit, aligned, join_heads, norm
+from vista.models.layers import GatedUnit, aligned, join_heads, norm, project_normed, split_heads
 from vista.models.memory import (
     ASKABLE,
     AskableMemory,
@@ -134,16 +134,14 @@ class SummarizerLayer(nn.Module):
         Returns the events' next rows (None after the last layer), the memory after each segment (G, ...), and after
         all (B, ...).
         """
-        h = norm(x)
-        k, v = self._project(self.key, h), self._project(self.value, h)
+        k, v, q = self._heads(x)
         folded = [
             m.scan(order, running, m.parts(k, v, is_valid)) for m, running in zip(self.memories, memory, strict=True)
         ]
         after, last = tuple(f[0] for f in folded), tuple(f[1] for f in folded)
         if not self.mixes_events:
             return None, after, last
-        assert self.query is not None
-        q = self._project(self.query, h)
+        assert q is not None
         if self.mixer is not None:
             o = read_memory(q, after[self.memories.index(self.mixer)][0], rms_norm)
         else:
@@ -152,11 +150,9 @@ class SummarizerLayer(nn.Module):
 
     def read(self, s: Tensor, memory: LayerMemory, num_events: Tensor) -> Tensor:
         """Seeds s (M, K, D) read M users' memories, num_events (M,): their next rows."""
-        h = norm(s)
-        k, v = self._project(self.key, h), self._project(self.value, h)
-        q = self._project(self.query, h) if self.query is not None else k
+        k, v, q = self._heads(s)
         assert self.reader is not None
-        o, mass = self.reader.read(memory[0], q, k, v, num_events)
+        o, mass = self.reader.read(memory[0], k if q is None else q, k, v, num_events)
         read = join_heads(o)
         if mass is not None and self.mass is not None:
             return self._add(s + self.mass(mass.to(s.dtype)), read)
@@ -190,12 +186,17 @@ class SummarizerLayer(nn.Module):
             o = scaled_dot_product_attention(q[None], k[None], v[None])[0]
         return self._add(rows, join_heads(o))
 
+    def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Keys, values and, where the layer has any, queries of rows x (..., rows, D), (..., H, rows, E) each."""
+        linears = [self.key, self.value] + ([self.query] if self.query is not None else [])
+        k, v, *q = (split_heads(t, self.config.num_heads) for t in project_normed(x, *linears))
+        return k, v, q[0] if q else None
+
     def _project(self, linear: nn.Linear, x: Tensor) -> Tensor:
         return project_heads(linear, x, self.config.num_heads)
 
     def _add(self, x: Tensor, read: Tensor) -> Tensor:
-        x = x + self.out(read)
-        return x + self.unit(norm(x))
+        return self.unit.added(x + self.out(read))
 
 
 class Summarizer(nn.Module):

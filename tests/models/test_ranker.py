@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from vista.config import resolve
@@ -72,3 +73,19 @@ def test_the_place_of_an_absent_event_is_not_read() -> None:
     before = score(ranker, of, event_x, candidate_x)
     event_x[:2] = 1e3
     assert torch.equal(score(ranker, of, event_x, candidate_x), before)
+
+
+@pytest.mark.parametrize("item", [[7, 8, 9, 8, 7, 3], [0, 0, 0, 0, 8, 7], [0] * 6])
+@pytest.mark.parametrize("num_tokens", [0, 4])
+def test_scores_are_the_same_source_by_source(item: list[int], num_tokens: int) -> None:
+    """As bulk and online compute them, as training does, and as explanations do."""
+    ranker, event_x, candidate_x = setting()
+    for parameter in ranker.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    of = requests(torch.tensor([item]), torch.tensor([[7, 20, 9, 21, 8]]))
+    cache = ranker.prepare(torch.randn(1, num_tokens, WIDTH), event_x)
+    expected, seen = ranker(cache, of, candidate_x), []
+    with torch.no_grad():
+        torch.testing.assert_close(ranker(cache, of, candidate_x), expected)
+        torch.testing.assert_close(ranker(cache, of, candidate_x, seen), expected)
+    assert [tuple(weight.shape[-2:]) for weight in seen] == [(CANDIDATES, num_tokens + RECENT + 1)] * len(seen)

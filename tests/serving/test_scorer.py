@@ -83,7 +83,8 @@ def test_reads_what_was_stored(store):
             assert not column[: size - held].any()
     exact = np.stack([record.arrays["tokens"] for record in records()[::2]])
     assert np.array_equal(found.tokens[:5].numpy(), exact)
-    assert torch.equal(found.tokens[5:], RUN.sequence_model.empty_summary(1))
+    with torch.no_grad():  # as the scorer runs; with gradients sums are made in another order
+        assert torch.equal(found.tokens[5:], RUN.sequence_model.empty_summary(1))
 
 
 @pytest.mark.parametrize("slots", [8, 64])
@@ -171,7 +172,8 @@ def test_codecs_may_differ_between_users(store):
     exact = [record.arrays["tokens"] for record in both[:6:2]]
     assert np.array_equal(found[1:3], np.stack(exact[:2]))
     assert (np.abs(found[3] - exact[2]) <= error_bound(exact[2], "int8")).all()
-    assert np.array_equal(found[:1], RUN.sequence_model.empty_summary(1).detach().numpy())
+    with torch.no_grad():
+        assert np.array_equal(found[:1], RUN.sequence_model.empty_summary(1).numpy())
 
 
 def test_who_is_not_known_gets_one_answer_whatever_the_company(store):

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import softplus
 
 from vista.config import ModelConfig
 from vista.models.batch import Requests
@@ -26,6 +27,7 @@ from vista.models.embeddings import GAP_BUCKETS, ContextEncoder, gap_bucket
 from vista.models.head import Head
 from vista.models.layers import GatedUnit, aligned, join_heads, norm, project_normed, split_heads
 from vista.models.memory import ASKABLE
+from vista.ops import attend
 from vista.schema import ContextColumn
 
 POSITION_BUCKETS = 24  # floor(log2(1 + place from the newest)): enough for R of 16 million
@@ -62,27 +64,53 @@ class TargetAttention(nn.Module):
         tokens: tuple[Tensor, Tensor],
         recent: tuple[Tensor, Tensor],
         bias: Tensor,
+        same: Tensor,
         seen: list[Tensor] | None = None,
     ) -> Tensor:
-        """x (Q, C, D); keys and values of tokens (Q, H, K, E) and recent events (Q, H, R, E); bias (Q, H, C, R).
+        """x (Q, C, D); keys and values of tokens (Q, H, K, E) and recent events (Q, H, R, E); bias (Q, H, 1, R); same
+        (Q, 1, C, R): 1 where a recent event is of the candidate's item, else 0.
 
         seen: takes the attention weights (Q, H, C, K + R + 1) on tokens, recent events and the candidate itself.
         """
         projected = project_normed(x, self.query, self.key, self.value)
         q, k_self, v_self = (split_heads(t, self.num_heads) for t in projected)
         q = q * (self.log_scale.exp() * q.shape[-1] ** -0.5)[:, None, None].to(q.dtype)
+        if seen is None and attend.pays(q):
+            read, mass = self._read(q, k_self, v_self, tokens, recent, bias, same)
+        else:
+            read, mass = self._read_by_definition(q, k_self, v_self, tokens, recent, bias, same, seen)
+        x = x + self.dropout(self.out(join_heads(read)) + self.mass(mass.transpose(1, 2).to(x.dtype)))
+        return x + self.dropout(self.unit(norm(x))) if self.dropout.p else self.unit.added(x)
+
+    def _read_by_definition(
+        self, q: Tensor, k_self: Tensor, v_self: Tensor, tokens: tuple[Tensor, Tensor], recent: tuple[Tensor, Tensor],
+        bias: Tensor, same: Tensor, seen: list[Tensor] | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """What candidates read (Q, H, C, E), and the masses on tokens and on recent events (Q, 2 H, C)."""
         on_tokens = (q @ tokens[0].transpose(-2, -1)).float()
-        on_recent = (q @ recent[0].transpose(-2, -1)).float() + bias
+        on_recent = (q @ recent[0].transpose(-2, -1)).float() + (bias + same * self.same_item[:, None, None])
         on_self = (q * k_self).sum(-1, keepdim=True).float()
         weight = torch.cat([on_tokens, on_recent, on_self], -1).softmax(-1).to(q.dtype)
         if seen is not None:
             seen.append(weight)
-        num_tokens, num_recent = tokens[0].shape[-2], recent[0].shape[-2]
-        w_tokens, w_recent, w_self = weight.split([num_tokens, num_recent, 1], -1)
+        w_tokens, w_recent, w_self = weight.split([tokens[0].shape[-2], recent[0].shape[-2], 1], -1)
         read = w_tokens @ tokens[1] + w_recent @ recent[1] + w_self * v_self
-        mass = torch.cat([_log_mass(on_tokens), _log_mass(on_recent)], 1).transpose(1, 2)  # (Q, C, 2H)
-        x = x + self.dropout(self.out(read.transpose(1, 2).flatten(2)) + self.mass(mass.to(x.dtype)))
-        return x + self.dropout(self.unit(norm(x))) if self.dropout.p else self.unit.added(x)
+        return read, torch.cat([_log_mass(on_tokens), _log_mass(on_recent)], 1)
+
+    def _read(
+        self, q: Tensor, k_self: Tensor, v_self: Tensor, tokens: tuple[Tensor, Tensor], recent: tuple[Tensor, Tensor],
+        bias: Tensor, same: Tensor,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """The same without gradients on a CPU: source by source, no logit is written."""
+        sources, masses = [(v_self, (q * k_self).sum(-1).float())], []
+        for source, is_recent in ((tokens, False), (recent, True)):
+            if not source[0].shape[-2]:
+                masses.append(q.new_zeros(q.shape[:-1]))
+                continue
+            logit = torch.addcmul(bias, same, self.same_item[:, None, None]) if is_recent else None
+            sources.append(attend.attend(q, *source, logit))
+            masses.append(softplus(sources[-1][1]))
+        return attend.merge(sources), torch.cat(masses, 1)
 
 
 def _log_mass(logits: Tensor) -> Tensor:
@@ -157,9 +185,9 @@ class Ranker(nn.Module):
             assert cache.readout is not None
             x = x + self.question(candidate_x, cache.readout[requests.summary])
         for block, tokens, recent in zip(self._blocks, cache.tokens, cache.recent, strict=True):
-            bias = self._bias(block, age, is_absent) + same * block.same_item[:, None, None]
+            bias = self._bias(block, age, is_absent)
             k, v = (_gather(rows, index) for rows in recent)
-            x = block(x, tuple(t[requests.summary] for t in tokens), (k, v), bias, seen)
+            x = block(x, tuple(t[requests.summary] for t in tokens), (k, v), bias, same, seen)
         return self.head(norm(x), candidate_x, requests)
 
     @property

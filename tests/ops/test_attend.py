@@ -35,7 +35,7 @@ def test_sources_merged_are_one_attention() -> None:
 
 def test_a_source_of_nothing_has_no_weight() -> None:
     q = random(Q, HEADS, ROWS, WIDTH)
-    nothing = attend(q, *source(7, 1), torch.full((Q, HEADS, 1, 7), float("-inf")))
+    nothing = attend(q, *source(7, 1), torch.full((Q, HEADS, 1, 7), LEAST_BIAS))
     assert bool((nothing[1] <= LEAST_BIAS / 2).all())
     assert torch.equal(torch.nn.functional.softplus(nothing[1]), torch.zeros(Q, HEADS, ROWS))
     one = attend(q, *source(3, 5))

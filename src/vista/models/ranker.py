@@ -102,6 +102,7 @@ class TargetAttention(nn.Module):
         bias: Tensor, same: Tensor,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """The same without gradients on a CPU: source by source, no logit is written."""
+        bias = bias.clamp(min=attend.LEAST_BIAS).contiguous()  # while it is small: what is added to it has its layout
         sources, masses = [(v_self, (q * k_self).sum(-1).float())], []
         for source, is_recent in ((tokens, False), (recent, True)):
             if not source[0].shape[-2]:

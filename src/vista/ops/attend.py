@@ -33,8 +33,9 @@ def attend_naive(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) ->
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Source:
-    """q (Q, H, C, E), k, v (Q, H, n, E) with n > 0, bias (Q, H, C or 1, n)."""
-    mask = None if bias is None else bias.to(q.dtype).clamp(min=LEAST_BIAS)
+    """q (Q, H, C, E), k, v (Q, H, n, E) with n > 0, bias (Q, H, C or 1, n), LEAST_BIAS or more, contiguous, or it is
+    copied."""
+    mask = None if bias is None else bias.to(q.dtype)
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask, scale=1.0)
 
 

@@ -64,11 +64,11 @@ class TargetAttention(nn.Module):
         tokens: tuple[Tensor, Tensor],
         recent: tuple[Tensor, Tensor],
         bias: Tensor,
-        same: Tensor,
+        same: Tensor | None = None,
         seen: list[Tensor] | None = None,
     ) -> Tensor:
-        """x (Q, C, D); keys and values of tokens (Q, H, K, E) and recent events (Q, H, R, E); bias (Q, H, 1, R); same
-        (Q, 1, C, R): 1 where a recent event is of the candidate's item, else 0.
+        """x (Q, C, D); keys and values of tokens (Q, H, K, E) and recent events (Q, H, R, E); bias (Q, H, C or 1, R);
+        same (Q, 1, C, R): 1 where a recent event is of the candidate's item, else 0; None for nowhere.
 
         seen: takes the attention weights (Q, H, C, K + R + 1) on tokens, recent events and the candidate itself.
         """
@@ -84,11 +84,13 @@ class TargetAttention(nn.Module):
 
     def _read_by_definition(
         self, q: Tensor, k_self: Tensor, v_self: Tensor, tokens: tuple[Tensor, Tensor], recent: tuple[Tensor, Tensor],
-        bias: Tensor, same: Tensor, seen: list[Tensor] | None,
+        bias: Tensor, same: Tensor | None, seen: list[Tensor] | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """What candidates read (Q, H, C, E), and the masses on tokens and on recent events (Q, 2 H, C)."""
         on_tokens = (q @ tokens[0].transpose(-2, -1)).float()
-        on_recent = (q @ recent[0].transpose(-2, -1)).float() + (bias + same * self.same_item[:, None, None])
+        if same is not None:
+            bias = bias + same * self.same_item[:, None, None]
+        on_recent = (q @ recent[0].transpose(-2, -1)).float() + bias
         on_self = (q * k_self).sum(-1, keepdim=True).float()
         weight = torch.cat([on_tokens, on_recent, on_self], -1).softmax(-1).to(q.dtype)
         if seen is not None:
@@ -99,16 +101,17 @@ class TargetAttention(nn.Module):
 
     def _read(
         self, q: Tensor, k_self: Tensor, v_self: Tensor, tokens: tuple[Tensor, Tensor], recent: tuple[Tensor, Tensor],
-        bias: Tensor, same: Tensor,
+        bias: Tensor, same: Tensor | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """The same without gradients on a CPU: source by source, no logit is written."""
         bias = bias.clamp(min=attend.LEAST_BIAS).contiguous()  # while it is small: what is added to it has its layout
+        if same is not None:
+            bias = torch.addcmul(bias, same, self.same_item[:, None, None])
         sources, masses = [(v_self, (q * k_self).sum(-1).float())], []
-        for source, is_recent in ((tokens, False), (recent, True)):
+        for source, logit in ((tokens, None), (recent, bias)):
             if not source[0].shape[-2]:
                 masses.append(q.new_zeros(q.shape[:-1]))
                 continue
-            logit = torch.addcmul(bias, same, self.same_item[:, None, None]) if is_recent else None
             sources.append(attend.attend(q, *source, logit))
             masses.append(softplus(sources[-1][1]))
         return attend.merge(sources), torch.cat(masses, 1)

@@ -44,7 +44,7 @@ class ModelConfig:
     num_heads: int = 4  # [H]; the head width E is width / num_heads
     sketch_slots: int = 0  # items the sketch has room for (exact counts beside the summary, per candidate); 0: none
     sketch_traces: int = 0  # items beyond these of which the sketch keeps a trace of 4 bytes: count and rough age
-    popularity_days: int = 30  # beside a sketch: days between two tables of how popular items are; 0: none
+    popularity_hours: int = 24  # beside a sketch: hours between two tables of how popular items are; 0: none
     recent_events: int = 128  # [R] newest raw events given to the ranker; at least the largest staleness in events
     history_events: int = 1024  # [R] newest raw events that models without a summary (docs/baselines.md) read
     top_k: int = 128  # models sim and twin: events that the search leaves to the exact stage
@@ -53,7 +53,7 @@ class ModelConfig:
     ranker_layers: int = 2  # target attention blocks
     expansion: int = 2  # hidden width of the gated units, in multiples of width
     head_width: int = 64  # hidden width of the task heads
-    dropout: float = 0.0  # share of ranker activations dropped in training
+    dropout: float = 0.0  # share of what the ranker adds, and of the vectors its head reads, dropped in training
     count_last_events: int = 0  # model counts: count in the last so many events only; 0: in the whole history
     decoder_layers: int = 1  # blocks of the reconstruction decoder (training only)
 
@@ -80,7 +80,7 @@ class ModelConfig:
     @property
     def has_popularity(self) -> bool:
         """Whether candidates come with the popularity that the run's table has; exact counts have it themselves."""
-        return self.has_sketch and not self.with_counts and self.popularity_days > 0
+        return self.has_sketch and not self.with_counts and self.popularity_hours > 0
 
     @property
     def raw_events(self) -> int:
@@ -139,16 +139,19 @@ class Config:
         )
 
 
-# One dial. Widths, heads, seeds and window grow together; experts override single settings in a file.
+# One dial. Widths, heads, seeds and window grow together; experts override single settings in a file. With the sketch,
+# the state of a user who met thousands of items is 64 KB at most with tiny and small, and 0.3 MB with base.
 SIZES: dict[str, dict[str, Any]] = {
     "tiny": {
         "model.width": 32, "model.num_heads": 2, "model.num_seeds": 32, "model.segment_events": 32,
         "model.recent_events": 64, "model.ranker_layers": 1, "model.head_width": 32,
+        "model.sketch_slots": 768, "model.sketch_traces": 6656,
     },
-    "small": {},
+    "small": {"model.sketch_slots": 512, "model.sketch_traces": 4608},
     "base": {
         "model.width": 128, "model.num_heads": 4, "model.num_seeds": 128, "model.segment_events": 128,
         "model.recent_events": 256, "model.num_layers": 2, "model.ranker_layers": 3, "model.head_width": 256,
+        "model.sketch_slots": 1024, "model.sketch_traces": 8192,
     },
 }  # fmt: skip
 
@@ -264,5 +267,5 @@ def _check(config: Config) -> None:
 _MAY_BE_ZERO = {
     "seed", "time_budget_s", "average_steps", "steps_ahead", "max_stale_segments", "weight_decay", "warmup_steps",
     "reconstruction_weight", "dropout", "num_seeds", "count_last_events", "sketch_slots",
-    "sketch_traces", "popularity_days",
+    "sketch_traces", "popularity_hours",
 }  # fmt: skip

@@ -207,7 +207,7 @@ def test_bad_arguments_are_named_before_anything_is_run(arguments, message, tmp_
 def test_entries_resolve_at_every_size():
     for entry in (
         *ENTRIES.values(),
-        *choose(["recent+counts", "vista-sketch+counts", "sim-soft+counts", "din-256", "sim-soft-256+counts"]),
+        *choose(["recent+counts", "vista+counts", "sim-soft+counts", "din-256", "sim-soft-256+counts"]),
     ):
         for size in ("tiny", "small", "base"):
             assert entry.config(size, 3, {}).train.seed == 3

@@ -16,6 +16,7 @@ from vista.catalogue import Catalogue
 from vista.data import counts
 from vista.data.counts import HALF_LIVES_S, NEVER, NEVER_EVENTS, NEVER_S, CountFeatures, count_features, last_met
 from vista.data.histories import Histories, Impressions
+from vista.data.popularity import NAMES, WINDOWS_S
 from vista.errors import ConfigError
 
 NUM_ITEMS = 6
@@ -80,11 +81,18 @@ def brute_force(histories: Histories, shown: Impressions, last_events: int | Non
         known = [(item, when) for user, item, when in events if user == shown.user[request] and when < now]
         known = known if last_events is None else known[-last_events:]
         for candidate in shown.item[shown.offsets[request] : shown.offsets[request + 1]]:
-            values = {"history_length": math.log1p(len(known))}
+            different = len({item for item, _ in known})
+            values = {
+                "history_length": math.log1p(len(known)),
+                "history_items": math.log1p(different),
+                "history_repeats": 1 - different / max(len(known), 1),
+            }
             for level, keys in LEVELS.items():
                 values |= one_level(known, now, int(candidate), level, keys)
-                everyone = sum(when < now and keys[item] == keys[candidate] != 0 for _, item, when in events)
-                values[f"{level}_popularity"] = math.log1p(everyone)
+                ages = [now - t for _, item, t in events if t < now and keys[item] == keys[candidate] != 0]
+                of_all = [len(ages), min(ages) / 1e6 if ages else NEVER_S, max(ages, default=0) / 1e6]
+                of_all += [sum(age <= window_s * 1e6 for age in ages) for window_s in WINDOWS_S.values()]
+                values |= {f"{level}_{name}": math.log1p(x) for name, x in zip(NAMES, of_all, strict=True)}
             out.append(values)
     return out
 

@@ -12,7 +12,7 @@ from tests.models.worlds import NUM_ITEMS, catalogue
 from vista.data.histories import Histories, Impressions
 from vista.data.popularity import (
     NEVER_S,
-    US_PER_DAY,
+    US_PER_HOUR,
     WINDOWS_S,
     Popularity,
     PopularityFeatures,
@@ -22,6 +22,7 @@ from vista.data.popularity import (
 
 CATALOGUE = catalogue()
 START_US = 10**15
+US_PER_DAY = 24 * US_PER_HOUR
 
 
 def log(seed: int, num_events: int = 300) -> Histories:
@@ -73,7 +74,7 @@ def test_a_request_reads_the_last_table_before_it():
         timestamp_us=histories.timestamp_us[earlier],
     )  # fmt: skip
     found, alone = (
-        PopularityFeatures.of(SimpleNamespace(histories=h, catalogue=CATALOGUE), impressions, period)  # type: ignore[arg-type]
+        PopularityFeatures.of(SimpleNamespace(histories=h, catalogue=CATALOGUE), impressions, 24 * period)  # type: ignore[arg-type]
         for h in (histories, known)
     )
     assert 0 < earlier.sum() < len(earlier)

@@ -128,7 +128,7 @@ def check_popularity(run: Run, program: Callable[..., torch.Tensor]) -> None:
 
 def test_candidates_look_up_their_popularity_in_the_graph(tmp_path):
     """What is exported does; that the program does, too, shows the slow test."""
-    run = saved_run(tmp_path / "run", sketch_slots=8, popularity_days=30)
+    run = saved_run(tmp_path / "run", sketch_slots=8, popularity_hours=720)
     check_popularity(run, RankingGraph(run).eval())
 
 
@@ -136,7 +136,7 @@ def test_candidates_look_up_their_popularity_in_the_graph(tmp_path):
 @pytest.mark.timeout(1200)
 def test_the_table_of_popularity_is_part_of_the_program(tmp_path):
     """As it was at the export: the run's own may be gone."""
-    run = saved_run(tmp_path / "run", sketch_slots=8, popularity_days=30)
+    run = saved_run(tmp_path / "run", sketch_slots=8, popularity_hours=720)
     path = export_model(run, tmp_path / "model")
     check_sizes(run, path)
     check_popularity(run, torch.export.load(path).module())
@@ -150,7 +150,7 @@ COMPILED_ALONE = ALONE.replace("torch.export.load(path).module()", "torch._induc
 def test_the_compiled_program_has_the_same_scores_without_vista(tmp_path):
     """At sizes it was not compiled at, and in a process that has no vista."""
     shutil.which("g++") or pytest.skip("needs a C++ compiler")
-    run = saved_run(tmp_path / "run", sketch_slots=8, popularity_days=30)
+    run = saved_run(tmp_path / "run", sketch_slots=8, popularity_hours=720)
     words = ["export-model", str(tmp_path / "run"), "--out", str(tmp_path / "model"), "--compile"]
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 0, result.output

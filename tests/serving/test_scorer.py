@@ -32,7 +32,7 @@ CONTEXT = (ContextColumn("price", "number", 10.0, 2.0),)
 
 def make_run(context: tuple[ContextColumn, ...] = (), version: str = VERSION, seed: int = 0, **changes: object) -> Run:
     """A run with random weights, none of them zero."""
-    config, items = model_config(**({"popularity_days": 0} | changes)), catalogue()
+    config, items = model_config(**({"popularity_hours": 0} | changes)), catalogue()
     torch.manual_seed(seed)
     counted = ("a", "b") if config.has_popularity else ()
     model = make_model(config, ItemTables.of(items), NUM_ACTIONS, 2, context, len(counted)).eval()
@@ -298,7 +298,7 @@ def test_tokens_of_another_shape_are_refused(store, shape):
 
 def test_popularity_comes_from_the_runs_table(store, tmp_path):
     """Each candidate is scored with its row; without the file, or with that of other items, there is no scorer."""
-    run = replace(make_run(sketch_slots=8, popularity_days=30), folder=tmp_path)
+    run = replace(make_run(sketch_slots=8, popularity_hours=720), folder=tmp_path)
     model, num_items = run.sequence_model, run.catalogue.num_indices
     with pytest.raises(CheckpointError, match="vista summarize makes it"):
         Scorer(run, store)
@@ -327,7 +327,7 @@ def test_popularity_comes_from_the_runs_table(store, tmp_path):
 )
 def test_a_full_sketch_keeps_a_state_below_64_kilobytes(size, slots, traces):
     """The sizes that docs/record-format.md names, with one category column, every slot taken and all events held."""
-    chosen = {"model.sketch_slots": slots, "model.sketch_traces": traces, "model.popularity_days": 0}
+    chosen = {"model.sketch_slots": slots, "model.sketch_traces": traces, "model.popularity_hours": 0}
     config = resolve(size, overrides=chosen).model
     items = catalogue()
     model = make_model(config, ItemTables.of(items), NUM_ACTIONS, 1, (), 0)

@@ -18,7 +18,7 @@ def make_feed(data: PreparedData, config: Config, split: str) -> tuple[Feed, tup
     if model.with_counts:
         counts = CountFeatures.of(data, impressions, model.count_last_events or None)
     elif model.has_popularity:
-        counts = PopularityFeatures.of(data, impressions, model.popularity_days)
+        counts = PopularityFeatures.of(data, impressions, model.popularity_hours)
     else:
         return Feed(data.histories, impressions, config), ()
     return Feed(data.histories, impressions, config, count_features=counts), counts.feature_names

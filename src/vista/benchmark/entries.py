@@ -13,7 +13,7 @@ from typing import Any
 from vista.config import WITH_COUNTS, Config, resolve, setting_key
 from vista.errors import ConfigError, nearest
 
-SKETCH = {"model.sketch_slots": 768, "model.sketch_traces": 6656}  # a state of at most 64 KB at size tiny
+NO_SKETCH = {"model.sketch_slots": 0}  # nor popularity, which comes with it
 COUNTED_EVENTS = (64, 512, 4096)  # what counts cut to the last so many events show: where length stops paying
 HISTORY = "model.history_events"  # the setting that says how many raw events a model reads, but for these:
 WINDOWS = {"counts": "model.count_last_events", "recent": "model.recent_events"}
@@ -63,8 +63,8 @@ def _all() -> tuple[Entry, ...]:
         *(_cut(counts, last) for last in COUNTED_EVENTS),
         counts,
         Entry("vista"),
-        Entry("vista-sum", {"model.memory": "sum"}),
-        Entry("vista-sketch", SKETCH),
+        Entry("vista-tokens", NO_SKETCH),
+        Entry("vista-sum", {"model.memory": "sum", **NO_SKETCH}),
         *(Entry(name, {"model.model": name}) for name in ("mean", "din", "sim", "twin", "sasrec", "hstu")),
         Entry("sim-soft", {"model.model": "sim", "model.search": "soft"}),
     )

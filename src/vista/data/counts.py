@@ -21,6 +21,7 @@ import numpy as np
 
 from vista.catalogue import Catalogue
 from vista.data.histories import Histories, Impressions, PreparedData
+from vista.data.popularity import NAMES as POPULARITY_NAMES
 from vista.data.popularity import NEVER_S, Popularity
 from vista.errors import ConfigError
 from vista.progress import Progress
@@ -169,8 +170,10 @@ class CountFeatures:
     Per level (``item``, and each categorical feature of the catalogue), all logarithms being log(1 + x):
     ``<level>_met`` 0 or 1, ``_count`` log count, ``_events_since`` log events since the last meeting (1 = the newest
     event; NEVER_EVENTS when there is none), ``_seconds_since`` likewise (NEVER_S), ``_count_1h`` .. ``_count_1y`` log
-    of the count in which an event that old counts a half, ``_popularity`` log count over all users before the request.
-    And ``history_length``, the log number of events known.
+    of the count in which an event that old counts a half, and the NAMES of `vista.data.popularity`, of all users, as of
+    the request itself (a model with a sketch reads a table some days old). And ``history_length`` and
+    ``history_items``, the log number of events known and of different items among them; ``history_repeats``, the share
+    of events whose item had been met before.
     """
 
     matrix: np.ndarray
@@ -197,7 +200,12 @@ def count_features(
     if last_events is not None and last_events < 1:
         raise ConfigError(f"last_events is {last_events}: give a number of events from 1 on, or None for all")
     levels = _levels(catalogue)
-    names = ("history_length", *(f"{level}_{name}" for level, _ in levels for name in _level_names()))
+    names = (
+        "history_length",
+        "history_items",
+        "history_repeats",
+        *(f"{level}_{name}" for level, _ in levels for name in _level_names()),
+    )
     matrix = np.empty((impressions.num_impressions, len(names)), np.float32)
     popularity = [Popularity.of(histories, keys) for _, keys in levels]
     with Progress("count", total=impressions.num_requests, unit="requests") as progress:
@@ -205,13 +213,42 @@ def count_features(
             shown = Shown.of(impressions, first, end)
             users = np.asarray(impressions.user[first:end])
             known = shown.num_known if last_events is None else np.minimum(shown.num_known, last_events)
-            columns = [np.log1p(known)]
+            items = distinct_items(histories, shown, last_events)
+            columns = [np.log1p(known), np.log1p(items), 1 - items / np.maximum(known, 1)]
             for (_, keys), popular in zip(levels, popularity, strict=True):
                 columns += _level_features(UserItemIndex.of(histories, users, keys), shown, last_events)
-                columns.append(np.log1p(popular.count(shown.item, shown.timestamp_us)))
+                columns += [*popular.features(shown.item, shown.timestamp_us).T]
             matrix[impressions.offsets[first] : impressions.offsets[end]] = np.stack(columns, 1)
             progress.advance(end - first)
     return CountFeatures(matrix, names)
+
+
+def distinct_items(histories: Histories, shown: Shown, last_events: int | None = None) -> np.ndarray:
+    """How many different items each request's user knows, (C,) int64: of all events before it, or of the last T.
+
+    An item's first event in the window is one whose item was last met before the window began.
+    """
+    users, row = np.unique(shown.user, return_inverse=True)
+    index = UserItemIndex.of(histories, users)
+    lengths = np.diff(np.asarray(histories.offsets, np.int64))[users]
+    start = np.cumsum(lengths) - lengths  # of each user's events, laid end to end in the order of their positions
+    before = np.full(len(index.position), -1)  # position of the event before it with the same item
+    is_later = np.arange(len(before)) > np.repeat(index.group_start[:-1], np.diff(index.group_start))
+    before[is_later] = index.position[np.flatnonzero(is_later) - 1]
+    place = np.empty_like(before)
+    place[start[np.repeat(index.group_code // index.num_keys, np.diff(index.group_start))] + index.position] = before
+    if last_events is None:
+        so_far = np.concatenate([[0], np.cumsum(place < 0)])
+        return so_far[start[row] + shown.num_known] - so_far[start[row]]
+    items = np.empty(len(row), np.int64)
+    block = max(BLOCK_ROWS // last_events, 1)
+    for at in range(0, len(row), block):
+        known, first = shown.num_known[at : at + block], start[row[at : at + block]]
+        position = known[:, None] - np.arange(1, last_events + 1)
+        met_before = place[np.where(position >= 0, first[:, None] + position, 0)] if len(place) else position
+        is_first = met_before < np.maximum(known - last_events, 0)[:, None]
+        items[at : at + block] = (is_first & (position >= 0)).sum(1)
+    return items
 
 
 def last_met(histories: Histories, impressions: Impressions) -> np.ndarray:
@@ -245,7 +282,7 @@ def _levels(catalogue: Catalogue) -> list[tuple[str, np.ndarray | None]]:
 
 def _level_names() -> tuple[str, ...]:
     decayed = (f"count_{name}" for name in HALF_LIVES_S)
-    return ("met", "count", "events_since", "seconds_since", *decayed, "popularity")
+    return ("met", "count", "events_since", "seconds_since", *decayed, *POPULARITY_NAMES)
 
 
 def _level_features(index: UserItemIndex, shown: Shown, last_events: int | None) -> list[np.ndarray]:

@@ -2,7 +2,7 @@
 
 It is no fact about a user, so no user's record holds it: it is a table of the catalogue, remade in bulk from time to
 time, say with every `vista summarize`. Training and evaluation look at the log as such a table would have had it: as of
-the last multiple of ``popularity_days`` before the request, and never after.
+the last multiple of ``popularity_hours`` before the request, and never after.
 
 Keys are those of `vista.data.counts`: the item index, or an item's value of a categorical feature; key 0 is never met.
 
@@ -22,7 +22,7 @@ from vista.data.histories import Histories, Impressions, PreparedData
 from vista.progress import Progress
 
 US_PER_S = 1_000_000
-US_PER_DAY = 86_400 * US_PER_S
+US_PER_HOUR = 3600 * US_PER_S
 WINDOWS_S = {"30d": 2_592_000, "1y": 31_557_600}
 NEVER_S = 1e10  # three centuries: beyond every true distance, or a model could take never for a long time ago
 BLOCK_ROWS = 500_000  # impressions, or events, handled at once: some ten megabytes of temporary arrays
@@ -48,11 +48,6 @@ class Popularity:
         moments = np.sort(np.asarray(histories.timestamp_us, np.int64))
         rank = np.searchsorted(moments, histories.timestamp_us)  # the same for equal times, so that "before" is strict
         return cls(moments, np.sort(key * (len(moments) + 1) + rank), key_of_item)
-
-    def count(self, item: np.ndarray, at_us: np.ndarray) -> np.ndarray:
-        """Events of all users with the key of each item, strictly before each moment, (C,) int64."""
-        first, end = self._rows(item, at_us)
-        return end - first
 
     def features(self, item: np.ndarray, at_us: np.ndarray) -> np.ndarray:
         """NAMES of each item as of each moment, (C, F) float32, all logarithms being log(1 + x).
@@ -100,11 +95,11 @@ class PopularityFeatures:
     period_us: int
 
     @classmethod
-    def of(cls, data: PreparedData, impressions: Impressions, period_days: int) -> PopularityFeatures:
-        """Count what a table remade every ``period_days`` would have said at each request."""
+    def of(cls, data: PreparedData, impressions: Impressions, period_hours: int) -> PopularityFeatures:
+        """Count what a table remade every ``period_hours`` would have said at each request."""
         names, keys = _levels(data.catalogue)
         levels = tuple(Popularity.of(data.histories, key) for key in keys)
-        period_us = period_days * US_PER_DAY
+        period_us = period_hours * US_PER_HOUR
         matrix = np.empty((impressions.num_impressions, len(names)), np.float32)
         offsets = np.asarray(impressions.offsets, np.int64)
         cuts = np.searchsorted(offsets, np.arange(0, offsets[-1], BLOCK_ROWS))

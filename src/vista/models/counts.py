@@ -9,13 +9,12 @@ Shape letters: Q requests, C candidates, F count features, X context columns, T 
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import silu
+from torch import Tensor
 
 from vista.config import ModelConfig
 from vista.models.batch import Memory, Requests, TimelineBatch
 from vista.models.embeddings import ContextEncoder
-from vista.models.head import CountsEncoder
+from vista.models.head import CountsEncoder, mlp
 from vista.models.model import Model
 from vista.schema import ContextColumn
 
@@ -30,9 +29,7 @@ class CountsModel(Model):
         self.config = config
         self.counts = CountsEncoder(num_counts)
         self.context = ContextEncoder(context)
-        self.first = nn.Linear(num_counts + self.context.width, config.head_width)
-        self.second = nn.Linear(config.head_width, config.head_width)
-        self.head = nn.Linear(config.head_width, num_tasks)
+        self.layers = mlp(num_counts + self.context.width, [config.head_width] * 2, num_tasks)
 
     def prepare(self, batch: TimelineBatch, memory: Memory) -> tuple[None, Memory]:
         """Nothing: requests share nothing but the weights."""
@@ -40,5 +37,4 @@ class CountsModel(Model):
 
     def rank(self, prepared: None, requests: Requests) -> Tensor:
         """Logits (Q, C, T)."""
-        x = silu(self.first(torch.cat([self.counts(requests), self.context(requests.context)], -1)))
-        return self.head(silu(self.second(x)))
+        return self.layers(torch.cat([self.counts(requests), self.context(requests.context)], -1))

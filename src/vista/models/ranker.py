@@ -80,7 +80,8 @@ class TargetAttention(nn.Module):
         else:
             read, mass = self._read_by_definition(q, k_self, v_self, tokens, recent, bias, same, seen)
         x = x + self.dropout(self.out(join_heads(read)) + self.mass(mass.transpose(1, 2).to(x.dtype)))
-        return x + self.dropout(self.unit(norm(x))) if self.dropout.p else self.unit.added(x)
+        drops = self.training and self.dropout.p > 0
+        return x + self.dropout(self.unit(norm(x))) if drops else self.unit.added(x)
 
     def _read_by_definition(
         self, q: Tensor, k_self: Tensor, v_self: Tensor, tokens: tuple[Tensor, Tensor], recent: tuple[Tensor, Tensor],

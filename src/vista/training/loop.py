@@ -14,7 +14,7 @@ import json
 import math
 import time
 from collections.abc import Generator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ from vista.errors import CheckpointError, StaleOutput, TrainingError
 from vista.evaluation.metrics import normalized_entropy
 from vista.evaluation.scoring import score
 from vista.models.batch import Output
+from vista.models.head import CountsEncoder
 from vista.models.losses import multi_task_loss
 from vista.progress import Progress
 from vista.training.averaging import WeightAverage
@@ -126,7 +127,9 @@ def _prepare(
 
     processes.first(begin)
     trainer = Trainer(model, feeds, config, out, processes)
-    if resume:
+    if not resume:
+        trainer.measure_counts()
+    else:
         trainer.restore()
         if trainer.position.data != data.manifest.fingerprint:
             raise CheckpointError(
@@ -190,6 +193,21 @@ class Trainer:
         requests = TimelineWalk(self.feeds.train).num_requests
         per_epoch = math.ceil(requests / self.config.train.requests_per_step)
         return min(self.config.train.max_steps, per_epoch * self.config.train.max_epochs)
+
+    def measure_counts(self) -> None:
+        """Before the first step: by what exact counts are standardised, as requests of some users have them."""
+        encoders = [module for module in self.model.modules() if isinstance(module, CountsEncoder)]
+        if not encoders:
+            return
+        settings, feed = self.config.train, self.feeds.train
+        users = users_up_to(feed, settings.validation_requests, settings.seed)
+        with ExitStack() as measuring:
+            for encoder in encoders:
+                measuring.enter_context(encoder.measuring())
+            score(self.model, replace(feed, users=users), "measure counts", quiet=True)
+        if self.shards:
+            self.shards.finish()
+        self.processes.spread(buffer for encoder in encoders for buffer in encoder.buffers())
 
     # -- the loop
 

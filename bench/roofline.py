@@ -116,6 +116,7 @@ def measure(operation: Operation, machine: Machine, repeats: int) -> Row:
 
 def build(arguments: argparse.Namespace) -> SequenceModel:
     overrides = {"model.memory": arguments.memory, "model.width": arguments.width, "model.num_layers": arguments.layers}
+    overrides |= {"model.sketch_slots": 0}  # which has no matrix products
     config = resolve("base", overrides=overrides)
     catalogue = Catalogue(np.arange(NUM_ITEMS), np.arange(FIRST_ITEM + NUM_ITEMS, dtype=np.int32))
     torch.manual_seed(0)

@@ -97,7 +97,7 @@ def count_python(call: Callable[[], object]) -> Counts:
 
 def model_of(memory: str) -> SequenceModel:
     torch.manual_seed(0)
-    overrides = {"model.memory": memory, "model.num_layers": 2}
+    overrides = {"model.memory": memory, "model.num_layers": 2, "model.sketch_slots": 0}
     config = resolve("small", overrides=overrides)
     model: Any = make_model(config.model, ItemTables.of(catalogue()), NUM_ACTIONS, 1, (), 0)
     return model.eval()
@@ -126,7 +126,7 @@ def reading_paths() -> dict[str, Counts]:
 def training_path(folder: Path) -> dict[str, Counts]:
     """One optimizer step of size tiny on one batch."""
     data = write_world(folder / "data")
-    config: Config = resolve("tiny", overrides={"train.requests_per_step": 24})
+    config: Config = resolve("tiny", overrides={"train.requests_per_step": 24, "model.sketch_slots": 0})
     feeds, _ = make_feeds(data, config)
     torch.manual_seed(0)
     model: Any = make_model(config.model, ItemTables.of(catalogue()), NUM_ACTIONS, 1, (), 0)

@@ -17,7 +17,7 @@ from vista.data.histories import PreparedData
 
 DAY_S = 86_400
 FIRST_DAY_S = 1_700_000_000
-TINY = ["--size", "tiny", "--max-steps", "12"]
+TINY = ["--size", "tiny", "--max-steps", "12", "--set", "model.popularity_hours=0"]
 
 
 def vista(*words: object) -> str:
@@ -115,7 +115,7 @@ def test_the_next_day_with_the_same_model(service: Path) -> None:
     assert out.startswith("summarized 10 users")
     assert ranking(service, "u3", "item 1,item 2")["scores"] != scores
     assert ranking(service, "u3", "item 1,item 2")["num_events"] == 140
-    assert ranking(service, "u30", "item 1,item 2")["scores"] == untouched
+    assert ranking(service, "u30", "item 1,item 2")["scores"] == untouched  # no popularity: what others did is not read
 
 
 def test_a_catalogue_that_is_none(service: Path) -> None:

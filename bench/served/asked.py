@@ -39,7 +39,7 @@ def catalogue() -> Catalogue:
 
 def small_run(folder: Path, chosen: argparse.Namespace) -> Run:
     """A run folder of a fresh model, loaded."""
-    config, items = config_of(chosen, popularity_days=0), catalogue()
+    config, items = config_of(chosen, popularity_hours=0), catalogue()
     torch.manual_seed(0)
     model = make_model(config.model, ItemTables.of(items), 1, 1, (), 0)
     start_run(folder, config, ModelSchema(("click",), ("a",), (), items.fingerprint), items)

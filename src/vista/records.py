@@ -48,7 +48,7 @@ def tokens_records(
             for record in tokens_records(model, one, [user_id], version)
         ]
     tokens, readout = model.state_tokens(state).float().numpy(), model.state_readout(state)
-    sketch = _sketch_of(model, state)
+    sketch = model.state_sketch(state)
     newest = model.config.recent_events
     records = []
     for row, (user, recent) in enumerate(zip(user_ids, recent_arrays(state), strict=True)):
@@ -62,7 +62,7 @@ def tokens_records(
 @torch.no_grad()
 def state_records(model: SequenceModel, state: UserState, user_ids: list[Any], version: str) -> list[Record]:
     """The state records of B users."""
-    sketch = _sketch_of(model, state)
+    sketch = model.state_sketch(state)
     memory = [t.numpy() for t in flatten(state.memory[:-1] if sketch else state.memory)]
     records = []
     for row, (user, recent) in enumerate(zip(user_ids, recent_arrays(state), strict=True)):
@@ -71,11 +71,6 @@ def state_records(model: SequenceModel, state: UserState, user_ids: list[Any], v
         cold["first_us"] = state.progress.first_us[row : row + 1].numpy()
         records.append(Record("state", version, *_facts(state, row, user), cold))
     return records
-
-
-def _sketch_of(model: SequenceModel, state: UserState) -> Running:
-    """The sketches of a state; nothing where the model has none."""
-    return state.memory[-1][0] if model.sketch is not None else ()
 
 
 def recent_arrays(state: UserState) -> list[dict[str, np.ndarray]]:

@@ -146,7 +146,9 @@ def test_a_wrong_file_is_named_with_the_place(text, message, tmp_path):
 
 
 def test_entries_that_differ_in_a_setting_alone_stay_apart(tmp_path):
-    asked = replace(plan(events=[120]), entries=choose(["vista@num_seeds=4", "vista@num_seeds=8"]), seeds=[0])
+    asked = replace(
+        plan(events=[120]), entries=choose(["vista-tokens@num_seeds=4", "vista-tokens@num_seeds=8"]), seeds=[0]
+    )
     cells = run_plan(asked, tmp_path, say=lambda text: None)["membership"]
     assert [cell.evaluation.model for cell in cells] == ["vista qla slots, num_seeds=4", "vista qla slots, num_seeds=8"]
     assert cells[0].bytes_per_user < cells[1].bytes_per_user

@@ -32,7 +32,7 @@ def data(tmp_path_factory) -> PreparedData:
 
 @pytest.fixture(scope="module")
 def run(data, tmp_path_factory) -> Run:
-    settings = SMALL | {"train.max_steps": 12}
+    settings = SMALL | {"train.max_steps": 12, "model.popularity_hours": 0}  # which no state holds
     return load_run(
         train(data, tmp_path_factory.mktemp("run") / "run", resolve("tiny", overrides=settings), quiet=True)
     )
@@ -49,9 +49,8 @@ def logits_alone(run: Run, data: PreparedData, request: int, items: np.ndarray) 
     state = model.extend(model.init_state(1), Events.from_log(*columns, torch.tensor([0, known])))
     at_us = torch.tensor([int(test.timestamp_us[request])])
     candidates = torch.from_numpy(items.astype(np.int64))[None]
-    return model.rank_users(model.state_tokens(state), state.recent, torch.tensor([known]), at_us, candidates)[
-        0, :, 0
-    ].numpy()
+    facts = (state.recent, torch.tensor([known]), at_us, candidates)
+    return model.rank_users(model.state_tokens(state), *facts, sketch=model.state_sketch(state))[0, :, 0].numpy()
 
 
 def test_metrics_are_those_of_the_scores_one_request_at_a_time(data, run):

@@ -55,7 +55,14 @@ def offline_logits(run: Run, data: PreparedData, user: int, candidates: list[int
     names, newest = state.recent.__dataclass_fields__, run.config.model.recent_events
     recent = replace(state.recent, **{name: getattr(state.recent, name)[:, -newest:] for name in names})
     facts = (recent, state.progress.num_events, torch.tensor([at_us]), items)
-    return model.rank_users(model.state_tokens(state), *facts, readout=model.state_readout(state))[0]
+    popularity = run.read_popularity()
+    return model.rank_users(
+        model.state_tokens(state),
+        *facts,
+        sketch=model.state_sketch(state),
+        readout=model.state_readout(state),
+        counts=None if popularity is None else popularity[items],
+    )[0]
 
 
 @pytest.mark.parametrize(
@@ -111,7 +118,13 @@ def test_a_user_the_store_does_not_know_is_ranked_from_an_empty_history(data, ru
     items = torch.from_numpy(run.catalogue.encode([1, 2]).astype(np.int64))[None]
     with torch.no_grad():
         expected = model.rank_users(
-            model.state_tokens(state), state.recent, torch.tensor([0]), torch.tensor([10**15]), items
+            model.state_tokens(state),
+            state.recent,
+            torch.tensor([0]),
+            torch.tensor([10**15]),
+            items,
+            sketch=model.state_sketch(state),
+            counts=run.read_popularity()[items],
         )[0]
     np.testing.assert_allclose(cold.probability[[0, 2]], expected.double().sigmoid().numpy(), rtol=1e-5)
 

@@ -26,7 +26,7 @@ FIRST = 5
 EXACT, FULL = 64, 8  # slots: more than there are items, and far fewer
 TRACES = 16  # beside FULL: 24 of 44 items have an entry or a trace
 PER_LEVEL = 4 + len(HALF_LIVES_S)
-TOTALS = 2
+TOTALS = 4
 FEATURES = torch.from_numpy(catalogue().features).long()
 LENGTHS = [0, 3, 8, 29, 100]
 
@@ -89,6 +89,14 @@ def test_an_exact_level_says_what_the_definition_says(seed):
     expected = [[naive(events, user, item) for item in candidate.tolist()] for user in range(len(LENGTHS))]
     torch.testing.assert_close(found[..., :-TOTALS], torch.tensor(expected), rtol=2e-5, atol=2e-6)
     assert found[-1, :, 0].mean() > 0.5  # most items were met, or the test would show little
+    state = state_of(events)[1]
+    for user, length in enumerate(LENGTHS):
+        start, recent = int(events.offsets[user]), state.recent.item[user]
+        whole = events.item[start : start + length // S * S]
+        for place, items in ((-TOTALS, whole), (-TOTALS // 2, recent[recent > 0])):
+            different = len(items.unique())
+            totals = [math.log1p(different), 1 - different / max(len(items), 1)]
+            torch.testing.assert_close(found[user, 0, place:][:2], torch.tensor(totals), rtol=1e-6, atol=1e-6)
 
 
 def test_a_full_table_forgets_what_was_met_longest_ago_and_takes_no_key_for_another():

@@ -45,8 +45,8 @@ class Head(nn.Module):
         facts = [self.context(requests.context), _history_features(requests)]
         if self.counts is not None:
             facts.append(self.counts(requests))
-        vectors = self.dropout(torch.cat([read, norm(candidate_x)], -1))
-        logits = self.layers(torch.cat([vectors, *facts], -1).to(read.dtype))
+        vectors = [self.dropout(read), self.dropout(norm(candidate_x))]
+        logits = self.layers(torch.cat([*vectors, *facts], -1).to(read.dtype))
         if self.of_facts is not None:
             logits = logits + self.of_facts(torch.cat(facts, -1).to(read.dtype))
         return logits.float()

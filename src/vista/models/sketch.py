@@ -16,7 +16,8 @@ them: several thousand more in the same bytes.
 Naive definition, all entries kept: of the events with the candidate's key before the request, the number; for each
 half-life h the sum of 2^(-age / h); the place and the time of the newest. The features are those of
 `vista.data.counts`, but popularity, which is not the user's, and the shortest half-lives, which the recent events tell;
-and two of the whole user: how many keys, and which share of the events was of a key met before.
+and two of the whole user: how many items, and which share of the events was of an item met before. These two are as
+of the summary, and beside them of the recent events alone, which are the whole history of who has few.
 
 All that is carried is integers, products from tables, and sums in time order, so that no bit depends on how events are
 cut into calls, or on the shape of a batch (exp2 would: its last bit depends on a tensor's length).
@@ -127,7 +128,7 @@ class Sketch(nn.Module):
     @property
     def num_features(self) -> int:
         """Per level: met, count, events since, seconds since, and a decayed count per half-life; and the totals."""
-        return len(self.levels) * (4 + len(HALF_LIVES_S)) + 2
+        return len(self.levels) * (4 + len(HALF_LIVES_S)) + 4
 
     # -- as a memory
 
@@ -231,7 +232,7 @@ class Sketch(nn.Module):
     # -- as candidates read it
 
     def read(self, running: Running, requests: Requests, item_features: Tensor) -> Tensor:
-        """Features (Q, C, num_features) as of each request; the totals as of its summary.
+        """Features (Q, C, num_features) as of each request; the totals as of its summary, and of its recent events.
 
         running (M, ...): as of the summaries; item_features (I, number of features). Events between the summary and the
         request are among the recent ones and are counted from there.
@@ -247,8 +248,7 @@ class Sketch(nn.Module):
             sums, newest = self._find(level, running, requests.summary, candidate, now)
             more, newer = later.of_key(candidate, recent)
             features.append(_features(sums + more, torch.maximum(newest, newer), requests.num_known, now))
-        num_events, num_new = clock.to(sums.dtype).T
-        totals = torch.stack([num_new.log1p(), 1 - num_new / num_events.clamp(min=1)], -1)
+        totals = torch.cat([_totals(*clock.T), _totals(*_different(requests.recent_item))], -1).to(sums.dtype)
         return torch.cat([*features, totals[:, None].expand(-1, requests.candidate.shape[1], -1)], -1)
 
     def _find(self, level: Level, running: Running, summary: Tensor, key: Tensor, now: Tensor) -> tuple[Tensor, Tensor]:
@@ -329,6 +329,17 @@ class _Later:
         )
         newest = met.gather(1, newest.long()[..., None].expand(-1, -1, 2))
         return is_same.to(self.value.dtype) @ self.value, newest
+
+
+def _different(item: Tensor) -> tuple[Tensor, Tensor]:
+    """Of events (Q, R), item 0 where there is none: how many there are, and how many different items, (Q,) each."""
+    ordered = torch.cat([torch.zeros_like(item[:, :1]), item], 1).sort(1).values
+    return (item > 0).sum(1), (ordered.diff(dim=1) > 0).sum(1)
+
+
+def _totals(num_events: Tensor, num_different: Tensor) -> Tensor:
+    """Log of how many different items, and the share of events whose item was met before, (Q, 2)."""
+    return torch.stack([num_different.log1p(), 1 - num_different / num_events.clamp(min=1)], -1)
 
 
 def _features(sums: Tensor, newest: Tensor, num_known: Tensor, now: Tensor) -> Tensor:

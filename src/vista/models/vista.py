@@ -180,7 +180,12 @@ class SequenceModel(Model):
     def prepare_users(
         self, tokens: Tensor, recent: Recent, sketch: Running = (), readout: Tensor | None = None
     ) -> Prepared:
-        """What ranking needs of B users and no candidate changes; arguments as of ``rank_users``."""
+        """What ranking needs of B users and no candidate changes; arguments as of ``rank_users``.
+
+        Raises ValueError where the model has a sketch and none is given.
+        """
+        if self.sketch is not None and not sketch:
+            raise ValueError("this model has a sketch: give that of the users' states, as state_sketch has it")
         event_x = self.embedding(*(c.flatten() for c in _columns(recent)))
         return Prepared(tokens, self.ranker.prepare(tokens, event_x, readout), sketch)
 
@@ -231,6 +236,10 @@ class SequenceModel(Model):
     def init_sketch(self, num_users: int) -> Running:
         """The sketches (B, ...) of users without events; nothing where the model has none."""
         return self.sketch.initial(num_users) if self.sketch is not None else ()
+
+    def state_sketch(self, state: UserState) -> Running:
+        """The sketches (B, ...) of a state; nothing where the model has none."""
+        return state.memory[-1][0] if self.sketch is not None else ()
 
     def state_readout(self, state: UserState) -> Tensor | None:
         """What candidates ask, (B, H, E, columns), as of the newest closed border; None where they ask nothing."""

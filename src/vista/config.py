@@ -244,6 +244,8 @@ def check_numbers(model: ModelConfig, train: Any) -> None:
             may_be_zero = f.name in _MAY_BE_ZERO
             if isinstance(value, int | float) and (value < 0 or (value == 0 and not may_be_zero)):
                 raise ConfigError(f"{f.name} = {value}: must be {'0 or more' if may_be_zero else 'above 0'}")
+    if model.dropout >= 1:
+        raise ConfigError(f"dropout = {model.dropout}: a share, below 1")
     if model.width % model.num_heads:
         raise ConfigError(f"width {model.width} is not a multiple of num_heads {model.num_heads}")
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -16,8 +18,10 @@ from vista.errors import ConfigError, RecordError
 from vista.models.batch import Requests, flatten
 from vista.models.inputs import Events
 from vista.models.sketch import EPOCH_S, HALF_LIVES_S, NEVER_EVENTS, NEVER_S, Sketch
+from vista.models.sketch_fold import SketchFold
 from vista.models.summarizer import UserState
-from vista.models.traces import Traces
+from vista.models.traces import Traces, _shift, _torch_shift, later_rivals
+from vista.ops.order import SegmentOrder
 from vista.records import fill_sketch, sketch_arrays
 from vista.store.record import Record
 
@@ -251,12 +255,12 @@ def test_codes_are_halved_as_a_history_grows_and_stay_what_they_would_be():
     """Segments of one event: after each, a trace's place and second are those of the newest segment of its code."""
     traces = Traces(8, 200, segment_events=1)
     words, marks = traces.initial(2)
+    tables, both, first = (words.numpy(), marks.numpy()), np.arange(2), np.zeros(1, np.int64)
     for n in range(2100):
         num_events = torch.tensor([n, 0], dtype=torch.int32)
-        words, marks = traces.begin((words, marks), num_events, torch.tensor([7 * n, 3], dtype=torch.int32))
+        traces.begin(*tables, both, np.array([n, 0]), np.array([7 * n, 3]))
         if n in (0, 255, 256, 300, 1024, 1900):
-            key = torch.tensor([[n % 199 + 1], [0]])
-            traces.put(words, num_events + 1, key, torch.full((2, 1), 1000), torch.full((2, 1), n + 1))
+            traces.put(tables[0], first, first + n + 1, np.array([n % 199 + 1]), first + 1000, first + n + 1)
         if n in (300, 511, 512, 2047, 2099):
             written = [m for m in (0, 255, 256, 300, 1024, 1900) if m <= n]
             asked = torch.tensor([[m % 199 + 1 for m in written]])
@@ -369,3 +373,110 @@ def test_padding_and_unknown_keys_are_never_met():
     never = [0.0, 0.0, math.log1p(NEVER_EVENTS), math.log1p(NEVER_S), 0.0, 0.0, 0.0]
     torch.testing.assert_close(found[0, 0, :-TOTALS], torch.tensor(never * 2), rtol=1e-6, atol=0)
     torch.testing.assert_close(found[0, 1, PER_LEVEL:-TOTALS], torch.tensor(never), rtol=1e-6, atol=0)
+
+
+def told_by_hand(sketch: Sketch, item: list[int], second: list[int]) -> tuple[dict[int, list[float]], dict[int, int]]:
+    """Entries (key to count, place, second, decayed numbers) and traces (key to count) of one user, key by key."""
+    level, traces = sketch.levels[0], sketch.traces
+    assert traces is not None
+    table: list[dict[str, Any] | None] = [None] * level.end
+    kept: list[tuple[int, int, int] | None] = [None] * traces.num_slots  # key, count, segment
+    for first in range(0, len(item) // S * S, S):
+        segment, number = range(first, first + S), first // S
+        found: dict[int, dict[str, Any]] = {}
+        for n in segment:  # in the order of their last events
+            one = found.pop(item[n], {"key": item[n], "times": []})
+            one.update(place=n + 1, second=second[n], times=[*one["times"], second[n]])
+            found[item[n]] = one
+        met, new = set(), []
+        for one in found.values():
+            one["count"] = len(one["times"])
+            ages = [[one["second"] - t for t in one["times"]]]
+            one["decayed"] = [sum(2 ** (-age / h) for age in ages[0]) for h in HALF_LIVES_S]
+            start = int(level.bucket(torch.tensor(one["key"])))
+            one["slots"] = range(start, start + level.ways)
+            held = [s for s in one["slots"] if table[s] is not None and table[s]["key"] == one["key"]]
+            if not held:
+                new.append(one)
+                continue
+            met.add(held[0])
+            old = table[held[0]]
+            assert old is not None
+            left = [2 ** (-(one["second"] - old["second"]) / h) for h in HALF_LIVES_S]
+            one["count"] += old["count"]
+            one["decayed"] = [d + o * x for d, o, x in zip(one["decayed"], old["decayed"], left, strict=True)]
+            table[held[0]] = one
+        for one in new:
+            for slot, trace in enumerate(kept):
+                if trace is not None and trace[0] == one["key"]:
+                    # the newest second of the segments that share the trace's code: with few segments, of its own
+                    age_s = one["second"] - second[trace[2] * S + S - 1]
+                    one["count"] += trace[1]
+                    one["decayed"] = [
+                        d + trace[1] * 2 ** (-age_s / h) for d, h in zip(one["decayed"], HALF_LIVES_S, strict=True)
+                    ]
+                    kept[slot] = None
+        leaving, enters = [], []
+        for n, one in enumerate(new):
+            turn = sum(later["slots"] == one["slots"] for later in new[n + 1 :])
+            free = sorted(set(one["slots"]) - met, key=lambda s: table[s]["place"] if table[s] else 0)
+            if turn < len(free):
+                enters.append((free[turn], one))
+                leaving.append(table[free[turn]])
+            else:
+                leaving.append(one)
+        for slot, one in enters:
+            table[slot] = one
+        leaving = [one for one in leaving if one is not None]
+        places = [int(traces._scramble(torch.tensor(one["key"]))[0]) for one in leaving]
+        before = list(kept)
+        for n, (one, bucket) in enumerate(zip(leaving, places, strict=True)):
+            turn = places[n + 1 :].count(bucket)
+            slots = sorted(range(bucket * 8, bucket * 8 + 8), key=lambda s: before[s][2] if before[s] else -1)
+            if turn < 8:
+                kept[slots[turn]] = (one["key"], min(one["count"], 255), (one["place"] - 1) // S)
+        assert number < 256, "codes would be shared"
+    entries = {o["key"]: [o["count"], o["place"], o["second"], *o["decayed"]] for o in table if o is not None}
+    return entries, {trace[0]: trace[1] for trace in kept if trace is not None}
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_entries_and_traces_are_those_of_plain_loops(seed):
+    """A table too small for the items, filled beyond its traces: who makes room for whom, and what is remembered."""
+    rng = np.random.default_rng(seed)
+    size, num_items = 150 * S, 100
+    item = np.where(rng.random(size) < 0.5, rng.zipf(1.4, size) % num_items, rng.integers(0, num_items, size)) + FIRST
+    second = EPOCH_S + 10**8 + np.cumsum(rng.integers(0, 10**6, size))
+    events = Events.from_log(
+        torch.from_numpy(item), torch.ones(size, dtype=torch.int64), torch.from_numpy(second * 10**6),
+        torch.tensor([0, size]),
+    )  # fmt: skip
+    sketch = Sketch(FULL, FIRST + num_items, (), 24, S)
+    parts = sketch.parts(*(c.view(-1, S) for c in (events.item, events.item, events.timestamp_us, events.item > 0)))
+    (table, decayed, _, words, _) = sketch.fold(
+        parts, SegmentOrder.of(torch.tensor([size // S])), sketch.initial(1), keep=False
+    )[1]
+    entries, traces = told_by_hand(sketch, item.tolist(), (second - EPOCH_S).tolist())
+    held = table[0][table[0, :, 0] > 0]
+    assert {row[0]: row[1:] for row in held.tolist()} == {key: values[:3] for key, values in entries.items()}
+    expected = torch.tensor([entries[key][3:] for key in held[:, 0].tolist()])
+    torch.testing.assert_close(decayed[0][table[0, :, 0] > 0], expected, rtol=1e-5, atol=1e-6)
+    used = words[0] != 0
+    kept = sketch.traces.keys(words[0]).tolist(), (words[0][used] & 255).tolist()
+    assert dict(zip(*kept, strict=True)) == traces
+    assert len(held) == len(table[0])
+    assert used.all()
+
+
+def test_both_forms_of_what_is_left_and_of_shifts_agree():
+    """Ages and segments of any size, as tensors (where candidates read) and as arrays (where segments are taken in)."""
+    sketch, state = state_of(histories([3]), FULL, 8)
+    fold = SketchFold(sketch, state.memory[-1][0])
+    age_s = torch.cat([torch.arange(0, 3_000, 7), torch.logspace(3, 9.3, 200).long()])
+    assert np.array_equal(fold._left(age_s.numpy()), sketch.left(age_s).numpy())
+    segment = torch.cat([torch.arange(2_000), 2 ** torch.arange(8, 31) - 1, 2 ** torch.arange(8, 31)])
+    assert _shift(segment.numpy()).tolist() == _torch_shift(segment).tolist()
+    place = np.random.default_rng(0).integers(0, 9, 300)
+    for size in (1, 40, 300):
+        expected = [int((place[row + 1 : size] == place[row]).sum()) for row in range(size)]
+        assert later_rivals(place[:size]).tolist() == expected

@@ -36,7 +36,9 @@ from torch import Tensor, nn
 from vista.models.batch import Requests
 from vista.models.inputs import US_PER_S
 from vista.models.memory import Running
-from vista.models.traces import Traces, make_room
+from vista.models.sketch_fold import COUNT, DECAY_BITS, KEY, MAX_HALVINGS, PLACE, SketchFold
+from vista.models.traces import Traces
+from vista.ops.order import SegmentOrder
 
 HALF_LIVES_S = (86_400, 2_592_000, 31_557_600)  # a day, 30 days, a year
 EPOCH_S = 631_152_000  # 1990-01-01, the earliest time a log may have by default: seconds from it fit int32 until 2058
@@ -46,9 +48,6 @@ WAYS = 8  # slots of a bucket: with 8, who must make room differs little from th
 FEATURE_SLOTS = 128  # most slots of a level of categories: bounds what a catalogue with many of them costs
 MULTIPLIER = -7046029254386353131  # odd 64-bit constant: the golden ratio
 HASH_BITS = 31
-KEY, COUNT, PLACE, SECOND = range(4)  # columns of an entry
-DECAY_BITS = 12  # of one table; two of them and whole half-lives: ages in steps of 2^-24 half-lives
-MAX_HALVINGS = 149  # 2^-149 is the smallest float32
 
 
 @dataclass(frozen=True)
@@ -156,78 +155,14 @@ class Sketch(nn.Module):
         decayed = torch.ones(*key.shape, len(HALF_LIVES_S), device=key.device)
         g, j, later, earlier = (same.tril(-1) & is_last[..., None]).nonzero(as_tuple=True)
         row = (g * key.shape[1] + j) * key.shape[2] + later
-        left = self._left(second[g, j, later] - second[g, j, earlier])
+        left = self.left(second[g, j, later].long() - second[g, j, earlier])
         decayed.view(-1, len(HALF_LIVES_S)).index_add_(0, row, left.to(decayed.dtype))
         last = _seconds(timestamp_us).masked_fill(~is_valid, NEVER_SECOND).amax(1)
         return entries, decayed, torch.stack([is_valid.sum(1).int(), last], -1)
 
-    def merge(self, running: Running, part: Running) -> Running:
-        """The running value after one more segment."""
-        entries, decayed, clock, *traces = (t.clone() for t in running)
-        new, new_decayed, new_clock = part
-        new = torch.cat([new[..., :PLACE], new[..., PLACE:SECOND] + clock[:, :1, None, None], new[..., SECOND:]], -1)
-        if self.traces is not None:
-            traces = list(self.traces.begin((traces[0], traces[1]), clock[:, 0], new_clock[:, 1]))
-        clock[:, 0] += new_clock[:, 0]
-        table = (entries, decayed, clock, *traces)
-        num_new = [
-            self._insert(level, table, new[:, j], new_decayed[:, j].to(decayed.dtype))
-            for j, level in enumerate(self.levels)
-        ]
-        clock[:, 1] += num_new[0]
-        return table
-
-    def _insert(self, level: Level, table: Running, new: Tensor, new_decayed: Tensor) -> Tensor:
-        """Put entries new (B, S, 4), new_decayed (B, S, F) of one segment into a level of the table, in place.
-
-        Those that have an entry are added to it. The others take the slots of the bucket that the segment did not meet,
-        free ones and those met longest ago first; where even these are too few, the newest get them. Returns how many
-        were not known, (B,).
-        """
-        entries, decayed = table[:2]
-        key = new[..., KEY].long()
-        user = torch.arange(len(key), device=key.device)[:, None]
-        slots = level.slots(key)
-        held = entries[user[..., None], slots]  # (B, S, W, 4)
-        is_way = (held[..., KEY] == new[..., None, KEY]) & (key > 0)[..., None]
-        has_entry, way = is_way.any(-1), is_way.int().argmax(-1)
-        is_new = enters = (key > 0) & ~has_entry
-        num_new = is_new.sum(-1)
-        if level.ways > 1:
-            is_met = torch.zeros(entries.shape[:2], dtype=torch.bool, device=key.device)
-            is_met[user.expand_as(key)[has_entry], slots.gather(-1, way[..., None])[..., 0][has_entry]] = True
-            is_met = is_met[user[..., None], slots]
-            age = held[..., PLACE].masked_fill(is_met, 2**31 - 1)
-            enters, free = make_room(age, slots[..., 0], is_new, level.ways - is_met.sum(-1))
-            way = torch.where(has_entry, way, free)
-            if self.traces is not None and level.feature is None:
-                new, new_decayed, num_known = self._recall(table, new, new_decayed, is_new)
-                num_new = num_new - num_known
-                made_room = held.gather(2, way[..., None, None].expand(-1, -1, 1, 4))[:, :, 0]
-                leaving = torch.where(enters[..., None], made_room, new) * is_new[..., None]
-                self.traces.put(table[3], table[2][:, 0], *(leaving[..., c] for c in (KEY, COUNT, PLACE)))
-        row = (user * entries.shape[1] + slots.gather(-1, way[..., None])[..., 0])[has_entry | enters]
-        old, old_decayed = entries.view(-1, 4)[row], decayed.view(-1, decayed.shape[-1])[row]
-        value, value_decayed, again = (t[has_entry | enters] for t in (new, new_decayed, has_entry))
-        left = self._left(value[:, SECOND] - old[:, SECOND]).to(decayed.dtype)
-        value = value.clone()
-        value[:, COUNT] += old[:, COUNT] * again
-        entries.view(-1, 4)[row] = value
-        decayed.view(-1, decayed.shape[-1])[row] = value_decayed + old_decayed * left * again[:, None]
-        return num_new
-
-    def _recall(
-        self, table: Running, new: Tensor, new_decayed: Tensor, is_new: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """New entries (B, S, 4), with decayed numbers (B, S, F), with what traces know of them, which are taken out of
-        the table; and how many had a trace, (B,). """  # fmt: skip
-        assert self.traces is not None
-        _, _, clock, words, marks = table
-        trace = self.traces.take(words, marks, clock[:, 0], new[..., KEY].long() * is_new)
-        age_s = (new[..., SECOND].long() - trace.second).clamp(min=0)
-        left = self._left(age_s).to(new_decayed.dtype)
-        more = torch.stack([torch.zeros_like(trace.count), trace.count, *[torch.zeros_like(trace.count)] * 2], -1)
-        return new + more.int(), new_decayed + left * trace.count[..., None], trace.is_found.sum(-1)
+    def fold(self, parts: Running, order: SegmentOrder, running: Running, keep: bool = True) -> tuple[Running, Running]:
+        """The running value after each segment (G, ...), nothing unless ``keep``, and after the last, (B, ...)."""
+        return SketchFold(self, running).fold(parts, order, keep)
 
     # -- as candidates read it
 
@@ -239,7 +174,8 @@ class Sketch(nn.Module):
         """
         clock = running[2][requests.summary]
         now = _seconds(requests.timestamp_us)
-        later = _Later.of(requests, clock[:, 0], self._counted(now[:, None] - _seconds(requests.recent_us)))
+        age_s = (now[:, None].long() - _seconds(requests.recent_us)).clamp(min=0)  # where there is no event, any
+        later = _Later.of(requests, clock[:, 0], self._counted(age_s))
         features = []
         for level in self.levels:
             candidate, recent = (
@@ -268,7 +204,7 @@ class Sketch(nn.Module):
             newest = torch.where(is_trace, torch.stack([trace.place, trace.second], -1).int(), newest)
             sums = torch.where(is_trace, count.to(sums.dtype), sums)  # as if all had been met with the newest
             is_met = is_met | is_trace
-        left = self._left((now[:, None].long() - newest[..., 1]).clamp(min=0)).to(sums.dtype)
+        left = self.left((now[:, None].long() - newest[..., 1]).clamp(min=0)).to(sums.dtype)
         sums = torch.cat([count.to(sums.dtype), sums * left * is_met], -1)
         never = entry.new_tensor([NEVER_PLACE, NEVER_SECOND])
         return sums, torch.where(is_met, newest, never)
@@ -284,7 +220,7 @@ class Sketch(nn.Module):
         """The key (...) of items (...) at a level; features (..., number of them)."""
         return item if level.feature is None else features[..., level.feature]
 
-    def _left(self, age_s: Tensor) -> Tensor:
+    def left(self, age_s: Tensor) -> Tensor:
         """2^(-age / half-life) of integer ages (...) >= 0, (..., F): a product of three table entries."""
         steps = (age_s.double()[..., None] * self.steps_per_s).long()
         fine = steps & (2**DECAY_BITS - 1)
@@ -294,7 +230,7 @@ class Sketch(nn.Module):
 
     def _counted(self, age_s: Tensor) -> Tensor:
         """What an event of this age counts: 1, and for each half-life what is left of it, (..., 1 + F)."""
-        left = self._left(age_s)
+        left = self.left(age_s)
         return torch.cat([torch.ones_like(left[..., :1]), left], -1)
 
 

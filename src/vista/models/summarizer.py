@@ -49,6 +49,7 @@ from vista.ops.qla import carried, qla, read_memory, rms_norm
 
 BLOCK_SEGMENTS = 4  # of one user folded at a time on a CPU where tiles do not (with gradients, other memories)
 GPU_BLOCK_EVENTS = 262_144  # folded at a time on a GPU, of all users together: enough to fill it, some 100 MB a tensor
+SKETCH_BLOCK_EVENTS = 16_384  # that a sketch takes in at a time, of all users together: what all segments share
 SEED_SCALE = 0.1  # of fresh seed vectors: small beside what they read
 
 
@@ -268,7 +269,8 @@ class Summarizer(nn.Module):
                 memory = (*memory, (self._fold_sketch(state.memory[-1][0], pending, closed),))
         else:
             memory = state.memory
-            for start, at_once in self._blocks(closed, pending.item.device):
+            block_events = GPU_BLOCK_EVENTS if pending.item.device.type != "cpu" else 0
+            for start, at_once in self._blocks(closed, block_events):
                 memory = self._fold_block(memory, pending, start, at_once)
         return UserState(state.progress.advance(events), state.recent.push(events), memory)
 
@@ -378,30 +380,37 @@ class Summarizer(nn.Module):
         starts = pending.offsets[user] + (first_segment + order.ordinal.to(user.device)) * size
         return order, ragged_index(starts, (pending.offsets[user + 1] - starts).clamp(max=size), size)
 
-    def _blocks(self, closed: Tensor, device: torch.device) -> Iterator[tuple[int, Tensor]]:
-        """Segments of each user that are folded at a time, in time order: the first one, and how many (B,)."""
-        at_once = BLOCK_SEGMENTS
-        if device.type != "cpu":
-            at_once = max(at_once, GPU_BLOCK_EVENTS // (self.config.segment_events * max(len(closed), 1)))
+    def _blocks(self, closed: Tensor, block_events: int) -> Iterator[tuple[int, Tensor]]:
+        """Segments of each user that are folded at a time, in time order: the first one, and how many (B,).
+
+        block_events: of all users together, but for BLOCK_SEGMENTS of each.
+        """
+        at_once = max(BLOCK_SEGMENTS, block_events // (self.config.segment_events * max(len(closed), 1)))
         for start in range(0, int(closed.max()) if len(closed) else 0, at_once):
             yield start, (closed - start).clamp(0, at_once)
 
     def _fold_sketch(self, running: Running, pending: Events, closed: Tensor) -> Running:
         """The sketches (B, ...) after closed[b] segments of each user's pending events."""
-        for start, num_segments in self._blocks(closed, pending.item.device):
+        for start, num_segments in self._blocks(closed, SKETCH_BLOCK_EVENTS):
             order, index = self._segment_rows(pending, start, num_segments)
             flat = index.clamp(min=0)
             columns = (pending.item[flat], pending.timestamp_us[flat], index >= 0)
-            running = self._scan_sketch(*columns, order, running)[1]
+            running = self._scan_sketch(*columns, order, running, keep=False)[1]
         return running
 
     def _scan_sketch(
-        self, item: Tensor, timestamp_us: Tensor, is_valid: Tensor, order: SegmentOrder, running: Running
+        self,
+        item: Tensor,
+        timestamp_us: Tensor,
+        is_valid: Tensor,
+        order: SegmentOrder,
+        running: Running,
+        keep: bool = True,
     ) -> tuple[Running, Running]:
-        """Segments (G, S) into sketches (B, ...): after each segment, and after all."""
+        """Segments (G, S) into sketches (B, ...): after each segment, if ``keep``, and after all."""
         assert self.sketch is not None
         parts = self.sketch.parts(item, self.embedding.items.features[item], timestamp_us, is_valid)
-        return order.scan(self.sketch.merge, running, parts)
+        return self.sketch.fold(parts, order, running, keep)
 
     def _fold_alone(self, memory: tuple[LayerMemory, ...], pending: Events, closed: Tensor) -> tuple[LayerMemory, ...]:
         """Fold closed[b] segments of each user, every one in a call of its own."""

@@ -23,17 +23,21 @@ Shape letters: B users, T slots of traces, S events in a segment, W slots of a b
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from vista.errors import ConfigError
 
 WAYS = 8  # slots of a bucket
-CODES = 256
+CODE_BITS = 8
+CODES = 1 << CODE_BITS
 MAX_COUNT = 255
 FINGERPRINTS = 65_536
 GOLDEN = 0.6180339887498949  # of the range, made odd so that the product can be undone: spreads neighbours (Knuth)
+LATER = np.triu(np.ones((64, 64), bool), 1)  # whether the column stands later than the row
 MAX_SHIFT = 23  # 2^31 segments are beyond what a place can count
 
 
@@ -76,122 +80,134 @@ class Traces:
             torch.zeros(num_users, CODES, dtype=torch.int32),
         )
 
-    # -- as segments come
+    # -- as segments come: in place, in numpy arrays (`vista.models.sketch_fold`)
 
-    def begin(self, running: tuple[Tensor, Tensor], num_events: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-        """The running value when the next segment comes: num_events (B,) before it, second (B,) of its last event."""
-        words, marks = running
-        segment = num_events.long() // self.segment_events
-        grows = ((segment >= CODES) & (segment & (segment - 1) == 0))[:, None]
-        if bool(grows.any()):
-            fingerprint, code, count = _unpack(words)
-            words = torch.where(grows, _pack(fingerprint, code >> 1, count), words)
-            halved = torch.cat([marks[:, 1::2], torch.zeros_like(marks[:, 1::2])], 1)
-            marks = torch.where(grows, halved, marks)
-        code = segment >> _shift(segment)
-        return words, marks.scatter(1, code[:, None], second[:, None].int())
-
-    def take(self, words: Tensor, marks: Tensor, num_events: Tensor, key: Tensor) -> Trace:
-        """The traces of keys (B, S), 0 for none, all different; their slots become free, in place.
-
-        num_events: (B,) events, this segment included.
+    def begin(
+        self, words: np.ndarray, marks: np.ndarray, user: np.ndarray, num_events: np.ndarray, second: np.ndarray
+    ) -> None:
+        """Users (U,), rows of the running value, come to their next segment: num_events (U,) before it, second (U,) of
+        its last event.
         """
-        user = torch.arange(len(key), device=key.device)[:, None].expand_as(key)
-        slot, trace = self._find(words, marks, num_events, user, key)
-        words[user[trace.is_found], slot[trace.is_found]] = 0
-        return trace
+        segment = num_events // self.segment_events
+        grows = user[(segment >= CODES) & (segment & (segment - 1) == 0)]
+        if len(grows):
+            fingerprint, code, count = _unpack(words[grows].astype(np.int64))
+            words[grows] = _pack(fingerprint, code >> 1, count)
+            halved = marks[grows, 1::2]
+            marks[grows] = np.concatenate([halved, np.zeros_like(halved)], 1)
+        marks[user, segment >> _shift(segment)] = second
 
-    def put(self, words: Tensor, num_events: Tensor, key: Tensor, count: Tensor, place: Tensor) -> None:
-        """Write traces of keys (B, S) that have none, 0 for no key, with their count and the place of their newest
-        event, (B, S) each, in place. num_events: (B,) events, this segment included.
+    def take(
+        self, words: np.ndarray, marks: np.ndarray, user: np.ndarray, num_events: np.ndarray, key: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of keys (n,) of users (n,) those that have a trace, (m,) rows, with its count and second; their slots become
+        free. num_events: (n,) events of each user, this segment included.
         """
-        bucket, fingerprint = self._scramble(key.long())
-        user = torch.arange(len(key), device=key.device)[:, None]
-        slots = _slots(bucket)
-        _, held, held_count = _unpack(words[user[..., None], slots])
-        comes = key > 0
-        enters, way = make_room(held.masked_fill(held_count == 0, -1), bucket, comes, torch.full_like(key, WAYS))
-        slot = slots.gather(-1, way[..., None])[..., 0]
-        segment = (place.long() - 1).clamp(min=0) // self.segment_events
-        code = segment >> self._shift_of(num_events)[:, None]
-        word = _pack(fingerprint, code, count.long().clamp(max=MAX_COUNT))
-        words[user.expand_as(key)[enters], slot[enters]] = word[enters]
+        bucket, fingerprint = self._scramble(key)
+        slots = bucket[:, None] * WAYS + np.arange(WAYS)
+        held, code, count = _unpack(words[user[:, None], slots].astype(np.int64))
+        found, way = ((held == fingerprint[:, None]) & (count > 0)).nonzero()
+        words[user[found], slots[found, way]] = 0
+        return found, count[found, way], marks[user[found], code[found, way]].astype(np.int64)
+
+    def put(
+        self,
+        words: np.ndarray,
+        user: np.ndarray,
+        num_events: np.ndarray,
+        key: np.ndarray,
+        count: np.ndarray,
+        place: np.ndarray,
+    ) -> None:
+        """Write traces of keys (n,) > 0 of users (n,) that have none, with their count and the place of their newest
+        event, (n,) each. num_events: (n,) events of each user, this segment included.
+        """
+        bucket, fingerprint = self._scramble(key)
+        slots = bucket[:, None] * WAYS + np.arange(WAYS)
+        _, held, held_count = _unpack(words[user[:, None], slots].astype(np.int64))
+        turn = later_rivals(user * self.num_buckets + bucket)
+        way = oldest_way(np.where(held_count > 0, held, -1), turn)
+        segment = np.maximum(place - 1, 0) // self.segment_events
+        newest = np.maximum(num_events - 1, 0) // self.segment_events
+        word = _pack(fingerprint, segment >> _shift(newest), np.minimum(count, MAX_COUNT))
+        enters = turn < WAYS
+        words[user[enters], slots[enters, way[enters]]] = word[enters]
 
     # -- as candidates read them
 
     def find(self, running: tuple[Tensor, Tensor], num_events: Tensor, user: Tensor, key: Tensor) -> Trace:
         """The traces of keys (Q, C) of users (Q,), rows of the running value; num_events (B,)."""
-        return self._find(*running, num_events, user[:, None].expand_as(key), key)[1]
+        words, marks = running
+        user = user[:, None].expand_as(key)
+        bucket, fingerprint = self._scramble(key.long())
+        slots = bucket[..., None] * WAYS + torch.arange(WAYS, device=key.device)
+        held, code, count = _unpack(words[user[..., None], slots].long())
+        is_way = (held == fingerprint[..., None]) & (count > 0) & (key > 0)[..., None]
+        is_found, way = is_way.any(-1), is_way.int().argmax(-1, keepdim=True)
+        code, count = (t.gather(-1, way)[..., 0] for t in (code, count))
+        num_events = num_events.long()
+        shift = _torch_shift((num_events - 1).clamp(min=0) // self.segment_events)[user]
+        place = torch.minimum(((code + 1) << shift) * self.segment_events, num_events[user])
+        second = marks[user, code].long()
+        return Trace(is_found, count * is_found, place * is_found, second * is_found)
 
     def keys(self, words: Tensor) -> Tensor:
         """The keys of all traces of one user, words (T,), in no order of theirs."""
-        fingerprint, _, count = _unpack(words)
+        fingerprint, _, count = _unpack(words.long())
         bucket = torch.arange(self.num_slots, device=words.device) // WAYS
         scrambled = fingerprint * self.num_buckets + bucket
         scrambled = scrambled ^ (scrambled >> ((self.bits + 1) // 2))
         key = (scrambled * pow(self.multiplier, -1, 2**self.bits)) & (2**self.bits - 1)
         return key[count > 0]
 
-    # -- the steps both are made of
-
-    def _find(
-        self, words: Tensor, marks: Tensor, num_events: Tensor, user: Tensor, key: Tensor
-    ) -> tuple[Tensor, Trace]:
-        """Slots and traces of keys (..., C) of users (..., C)."""
-        bucket, fingerprint = self._scramble(key.long())
-        slots = _slots(bucket)
-        held, code, count = _unpack(words[user[..., None], slots])
-        is_way = (held == fingerprint[..., None]) & (count > 0) & (key > 0)[..., None]
-        is_found, way = is_way.any(-1), is_way.int().argmax(-1, keepdim=True)
-        slot, code, count = (t.gather(-1, way)[..., 0] for t in (slots, code, count))
-        num_events = num_events.long()
-        end = ((code + 1) << self._shift_of(num_events)[user]) * self.segment_events
-        place = torch.minimum(end, num_events[user])
-        second = marks[user, code].long()
-        return slot, Trace(is_found, count * is_found, place * is_found, second * is_found)
-
-    def _shift_of(self, num_events: Tensor) -> Tensor:
-        """The shift of the codes after so many events (B,)."""
-        return _shift((num_events.long() - 1).clamp(min=0) // self.segment_events)
-
-    def _scramble(self, key: Tensor) -> tuple[Tensor, Tensor]:
-        """The bucket and the fingerprint of each key, int64."""
+    def _scramble(self, key: Any) -> tuple[Any, Any]:
+        """The bucket and the fingerprint of each key, int64 all, a tensor or an array."""
         scrambled = (key * self.multiplier) & (2**self.bits - 1)
         scrambled = scrambled ^ (scrambled >> ((self.bits + 1) // 2))
         return scrambled % self.num_buckets, scrambled // self.num_buckets
 
 
-def make_room(age: Tensor, bucket: Tensor, comes: Tensor, room: Tensor) -> tuple[Tensor, Tensor]:
-    """Which of those that come, (B, S) bool, find a slot in their bucket (B, S), and which of its slots, (B, S).
+def later_rivals(place: np.ndarray) -> np.ndarray:
+    """How many rows after each one (n,) have the same place."""
+    size = len(place)
+    if size <= len(LATER):  # fewer, if larger, steps
+        return ((place[:, None] == place) & LATER[:size, :size]).sum(1)
+    order = place.argsort(kind="stable")
+    ordered = place[order]
+    is_end = np.ones(size, bool)
+    is_end[:-1] = ordered[1:] != ordered[:-1]
+    end = is_end.nonzero()[0]
+    group = np.zeros(size, np.int64)
+    group[1:] = is_end[:-1].cumsum()
+    turn = np.empty(size, np.int64)
+    turn[order] = end[group] - np.arange(size)
+    return turn
 
-    age (B, S, W): of what each slot of the bucket holds; the smallest makes room first. room (B, S): how many slots of
-    the bucket may be taken. Where these are too few, those that stand last in the segment get them.
+
+def oldest_way(age: np.ndarray, turn: np.ndarray) -> np.ndarray:
+    """Which slot of its bucket makes room for each of those that come, (n,): for the last the oldest one, and so on.
+
+    age (n, W) of what the slots hold: the smallest makes room first; turn (n,): how many come later to the same bucket.
     """
-    oldest = age.argsort(dim=-1, stable=True)
-    rivals = (bucket[:, :, None] == bucket[:, None, :]) & comes[:, None]
-    turn = rivals.triu(1).sum(-1)
-    way = oldest.gather(-1, turn.clamp(max=age.shape[-1] - 1)[..., None])[..., 0]
-    return comes & (turn < room), way
+    return age.argsort(1, kind="stable")[np.arange(len(age)), np.minimum(turn, age.shape[1] - 1)]
 
 
-def _slots(bucket: Tensor) -> Tensor:
-    """The slots (..., W) of buckets (...)."""
-    return bucket[..., None] * WAYS + torch.arange(WAYS, device=bucket.device)
-
-
-def _shift(segment: Tensor) -> Tensor:
+def _shift(segment: np.ndarray) -> np.ndarray:
     """By how many bits the number of the newest segment exceeds a code's eight, int64."""
+    return np.maximum(np.frexp(segment)[1].astype(np.int64) - CODE_BITS, 0)
+
+
+def _torch_shift(segment: Tensor) -> Tensor:
+    """The same in torch, which has no exact logarithm of integers."""
     limits = CODES << torch.arange(MAX_SHIFT, device=segment.device)
     return (segment[..., None] >= limits).sum(-1)
 
 
-def _pack(fingerprint: Tensor, code: Tensor, count: Tensor) -> Tensor:
+def _pack(fingerprint: np.ndarray, code: np.ndarray, count: np.ndarray) -> np.ndarray:
     """One int32 of three int64; its sign is the fingerprint's highest bit."""
-    word = (fingerprint << 16) | (code << 8) | count
-    return torch.where(word >= 2**31, word - 2**32, word).int()
+    return ((fingerprint << 16) | (code << 8) | count).astype(np.uint32).view(np.int32)
 
 
-def _unpack(word: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The fingerprint, code and count of words, int64 each."""
-    word = word.long()
+def _unpack(word: Any) -> tuple[Any, Any, Any]:
+    """The fingerprint, code and count of words, int64 all, tensors or arrays."""
     return (word >> 16) & (FINGERPRINTS - 1), (word >> 8) & (CODES - 1), word & MAX_COUNT

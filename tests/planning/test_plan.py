@@ -181,10 +181,13 @@ def test_the_page_tells_what_the_command_prints():
             assert row[9:] == [str(made.num_machines), made.bound_by], row
 
 
+PAPER = {"model.width": 256, "model.num_layers": 3, "model.num_heads": 8, "model.sketch_slots": 0}
+
+
 def test_the_page_compares_with_the_paper_by_real_bytes():
     """3e9 users with 128 x 256 numbers: 98 TB in int8, says the paper; ours has scales, recent events and a header."""
     text = (DOCS / "scaling.md").read_text()
-    run = fresh_run(resolve("base", overrides={"model.width": 256, "model.num_layers": 3, "model.num_heads": 8}))
+    run = fresh_run(resolve("base", overrides=PAPER))
     made = user_bytes(run, 300, "int8")
     told = re.search(r"tokens records of ([\d,]+) bytes, ([\d.]+) TB", text)
     assert told, "the sentence on the paper's bytes is not there"

@@ -42,14 +42,14 @@ class Rates:
 RATE_NAMES = tuple(f.name for f in fields(Rates))
 
 MEASURED = {
-    "tiny": Rates(1.147, 0.16, 0.456, 120.4, 1.239, 17.42),
-    "small": Rates(4.62, 0.1927, 0.6253, 75.19, 1.05, 21.68),
-    "base": Rates(57.43, 1.172, 1.436, 117.4, 1.004, 42.22),
+    "tiny": Rates(3.808, 0.5714, 0.9931, 286.2, 0.8846, 32.67),
+    "small": Rates(4.831, 1.124, 1.19, 132, 0.9291, 52.55),
+    "base": Rates(23.43, 5.586, 2.786, 172.9, 0.983, 75.68),
 }
 
 COST_SETTINGS = (
     "attention", "memory", "segment_events", "num_layers", "num_seeds", "width", "num_heads", "sketch_slots",
-    "recent_events", "expansion",
+    "sketch_traces", "recent_events", "expansion",
 )  # fmt: skip
 
 

@@ -53,3 +53,9 @@ def test_an_unknown_model_or_search_gets_the_nearest():
 def test_a_config_comes_back_from_its_file():
     config = resolved(model="sim+counts", search="soft")
     assert Config.from_json(config.to_json()) == config
+
+
+def test_all_activations_cannot_be_dropped():
+    assert resolved(dropout=0.5).model.dropout == 0.5
+    with pytest.raises(ConfigError, match=r"dropout = 1.0: a share, below 1"):
+        resolved(dropout=1)

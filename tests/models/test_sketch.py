@@ -12,15 +12,26 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.models.worlds import DAY_US, NUM_ITEMS, catalogue, histories, slice_users, summarizer
+from tests.models.worlds import (
+    DAY_US,
+    NUM_ACTIONS,
+    NUM_ITEMS,
+    catalogue,
+    histories,
+    model_config,
+    slice_users,
+    summarizer,
+)
 from vista.data import counts
 from vista.errors import ConfigError, RecordError
 from vista.models.batch import Requests, flatten
+from vista.models.embeddings import ItemTables
 from vista.models.inputs import Events
 from vista.models.sketch import EPOCH_S, HALF_LIVES_S, NEVER_EVENTS, NEVER_S, Sketch
 from vista.models.sketch_fold import SketchFold
 from vista.models.summarizer import UserState
 from vista.models.traces import Traces, _shift, _torch_shift, later_rivals
+from vista.models.vista import make_model
 from vista.ops.order import SegmentOrder
 from vista.records import fill_sketch, sketch_arrays
 from vista.store.record import Record
@@ -480,3 +491,24 @@ def test_both_forms_of_what_is_left_and_of_shifts_agree():
     for size in (1, 40, 300):
         expected = [int((place[row + 1 : size] == place[row]).sum()) for row in range(size)]
         assert later_rivals(place[:size]).tolist() == expected
+
+
+def test_a_model_with_a_sketch_does_not_rank_without_one():
+    config = model_config(sketch_slots=EXACT, popularity_hours=0)
+    model = make_model(config, ItemTables.of(catalogue()), NUM_ACTIONS, 1, (), 0).eval()
+    with torch.no_grad():
+        state = model.extend(model.init_state(1), histories([29]))
+        facts = (model.state_tokens(state), state.recent, state.progress.num_events, state.progress.last_us + DAY_US)
+        candidate = torch.tensor([[7, 8]])
+        assert model.rank_users(*facts, candidate, sketch=model.state_sketch(state)).shape == (1, 2, 1)
+        with pytest.raises(ValueError, match="this model has a sketch"):
+            model.rank_users(*facts, candidate)
+
+
+def test_recent_events_that_are_absent_have_no_age_that_overflows():
+    """A request centuries after the only event: what is not there, at time 0, is older than 2^31 seconds."""
+    events, at_us = histories([3]), 10**16
+    sketch, state = state_of(events, FULL, 8)
+    found = sketch.read(state.memory[-1][0], requests_of(state, events.item[None], torch.tensor([at_us])), FEATURES)
+    assert (found[0, :, 0] == 1).all()
+    assert found.isfinite().all()

@@ -55,6 +55,13 @@ def test_a_users_bytes_are_those_of_the_record_format(row):
     assert user_bytes(run, 10, "int8").tokens < made.tokens < user_bytes(run, 300, "float32").tokens
 
 
+@pytest.mark.parametrize(("size", "most"), [("tiny", 65_536), ("small", 65_536), ("base", 300_000)])
+def test_a_full_state_of_each_size_is_as_large_as_config_says(size, most):
+    """A user of more different items than the sketch has room for."""
+    made = user_bytes(fresh_run(resolve(size)), 20_000, "int8")
+    assert 0.8 * most < made.state <= most
+
+
 # -- the lines, by hand: 864e5 users with 10 events a day are 10,000 events/s
 
 

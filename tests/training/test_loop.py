@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from tests.training.worlds import EVENTS_PER_USER, SMALL, write_world
+from vista.batches.feeds import make_feed
 from vista.checkpoint import InParts, load_run, read_tensors, write_in_parts, write_tensors
 from vista.config import MODELS, Config, resolve
 from vista.data.histories import PreparedData
@@ -257,3 +258,26 @@ def test_a_file_written_in_parts_is_read_as_one_written_at_once(tmp_path):
     for name, expected in (small | {"big": big}).items():
         assert found[name].dtype == expected.dtype
         assert torch.equal(found[name], expected)
+
+
+@pytest.mark.parametrize("model", ["counts", "vista"])
+def test_counts_are_measured_before_the_first_step_and_kept(data, tmp_path, monkeypatch, model):
+    """Training data decides what counts are standardised by; steps, Ctrl-C and resuming change nothing of it."""
+    settings = config(model__model=model)
+    whole, cut = train(data, tmp_path / "whole", settings, quiet=True), tmp_path / "cut"
+    with monkeypatch.context() as patch:
+        stop_after(patch, 7)
+        with pytest.raises(KeyboardInterrupt):
+            train(data, cut, settings, quiet=True)
+    monkeypatch.setattr(loop.Trainer, "measure_counts", lambda trainer: pytest.fail("measured again"))
+    train(data, cut, settings, resume=True, quiet=True)
+    assert_same(whole, cut)
+    (mean,) = (t for name, t in tensors(whole, "model.safetensors").items() if name.endswith("counts.mean"))
+    (scale,) = (t for name, t in tensors(whole, "model.safetensors").items() if name.endswith("counts.scale"))
+    assert (mean != 0).any()
+    assert (scale != 1).all()
+    if model == "counts":
+        feed, _ = make_feed(data, settings, "train")
+        columns = torch.from_numpy(feed.count_features(np.arange(0), np.arange(feed.impressions.num_impressions)))
+        torch.testing.assert_close(mean, columns.mean(0), rtol=1e-4, atol=1e-4)  # of all users: they are few
+        torch.testing.assert_close(scale, columns.std(0, correction=0).clamp(min=0.1), rtol=1e-3, atol=1e-3)

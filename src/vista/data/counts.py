@@ -31,6 +31,7 @@ HALF_LIVES_S = {"1h": 3600.0, "1d": 86_400.0, "1w": 604_800.0, "30d": 2_592_000.
 # "Never" must lie beyond every true distance, or a model could take it for a long time ago.
 NEVER_EVENTS = 1e7  # ten times the longest history that ``vista prepare`` keeps by default
 US_PER_S = 1e6
+USER_NAMES = ("history_length", "history_items", "history_repeats")
 BLOCK_ROWS = 2_000_000  # events + impressions handled at once: about half a gigabyte of temporary arrays
 
 
@@ -145,6 +146,32 @@ class UserItemIndex:
         """Seconds from an event, given by its row, to the request, (C,) float64."""
         return (shown.timestamp_us - self.timestamp_us[row]) / US_PER_S
 
+    def num_different(self, shown: Shown, last_events: int | None = None) -> np.ndarray:
+        """How many different keys each request's user has met before it, or in the last T events, (C,) int64.
+
+        The first event of a key in that window is one whose key was last met before the window began.
+        """
+        lane = np.repeat(self.group_code // self.num_keys, np.diff(self.group_start))
+        lengths = np.bincount(lane, minlength=len(self.users))
+        start = np.cumsum(lengths) - lengths  # of each user's events, laid end to end in the order of their positions
+        before = np.full(len(lane), -1)  # position of the event before it with the same key
+        is_later = np.arange(len(lane)) > np.repeat(self.group_start[:-1], np.diff(self.group_start))
+        before[is_later] = self.position[np.flatnonzero(is_later) - 1]
+        met_before = np.full(len(lane) + 1, len(lane))  # by place; the last is beyond every window
+        met_before[start[lane] + self.position] = before
+        first = start[np.searchsorted(self.users, shown.user)]
+        if last_events is None:
+            so_far = np.concatenate([[0], np.cumsum(met_before < 0)])
+            return so_far[first + shown.num_known] - so_far[first]
+        different = np.empty(len(first), np.int64)
+        block = max(BLOCK_ROWS // last_events, 1)
+        for at in range(0, len(first), block):
+            known = shown.num_known[at : at + block, None]
+            position = known - np.arange(1, last_events + 1)
+            place = np.where(position >= 0, first[at : at + block, None] + position, -1)
+            different[at : at + block] = (met_before[place] < np.maximum(known - last_events, 0)).sum(1)
+        return different
+
     def decayed_sums(self) -> np.ndarray:
         """How many meetings each row's group has had up to that row, older ones counting less, (H, N) float64.
 
@@ -200,12 +227,7 @@ def count_features(
     if last_events is not None and last_events < 1:
         raise ConfigError(f"last_events is {last_events}: give a number of events from 1 on, or None for all")
     levels = _levels(catalogue)
-    names = (
-        "history_length",
-        "history_items",
-        "history_repeats",
-        *(f"{level}_{name}" for level, _ in levels for name in _level_names()),
-    )
+    names = (*USER_NAMES, *(f"{level}_{name}" for level, _ in levels for name in _level_names()))
     matrix = np.empty((impressions.num_impressions, len(names)), np.float32)
     popularity = [Popularity.of(histories, keys) for _, keys in levels]
     with Progress("count", total=impressions.num_requests, unit="requests") as progress:
@@ -213,42 +235,15 @@ def count_features(
             shown = Shown.of(impressions, first, end)
             users = np.asarray(impressions.user[first:end])
             known = shown.num_known if last_events is None else np.minimum(shown.num_known, last_events)
-            items = distinct_items(histories, shown, last_events)
-            columns = [np.log1p(known), np.log1p(items), 1 - items / np.maximum(known, 1)]
-            for (_, keys), popular in zip(levels, popularity, strict=True):
-                columns += _level_features(UserItemIndex.of(histories, users, keys), shown, last_events)
+            indices = [UserItemIndex.of(histories, users, keys) for _, keys in levels]
+            different = indices[0].num_different(shown, last_events)
+            columns = [np.log1p(known), np.log1p(different), 1 - different / np.maximum(known, 1)]
+            for index, popular in zip(indices, popularity, strict=True):
+                columns += _level_features(index, shown, last_events)
                 columns += [*popular.features(shown.item, shown.timestamp_us).T]
             matrix[impressions.offsets[first] : impressions.offsets[end]] = np.stack(columns, 1)
             progress.advance(end - first)
     return CountFeatures(matrix, names)
-
-
-def distinct_items(histories: Histories, shown: Shown, last_events: int | None = None) -> np.ndarray:
-    """How many different items each request's user knows, (C,) int64: of all events before it, or of the last T.
-
-    An item's first event in the window is one whose item was last met before the window began.
-    """
-    users, row = np.unique(shown.user, return_inverse=True)
-    index = UserItemIndex.of(histories, users)
-    lengths = np.diff(np.asarray(histories.offsets, np.int64))[users]
-    start = np.cumsum(lengths) - lengths  # of each user's events, laid end to end in the order of their positions
-    before = np.full(len(index.position), -1)  # position of the event before it with the same item
-    is_later = np.arange(len(before)) > np.repeat(index.group_start[:-1], np.diff(index.group_start))
-    before[is_later] = index.position[np.flatnonzero(is_later) - 1]
-    place = np.empty_like(before)
-    place[start[np.repeat(index.group_code // index.num_keys, np.diff(index.group_start))] + index.position] = before
-    if last_events is None:
-        so_far = np.concatenate([[0], np.cumsum(place < 0)])
-        return so_far[start[row] + shown.num_known] - so_far[start[row]]
-    items = np.empty(len(row), np.int64)
-    block = max(BLOCK_ROWS // last_events, 1)
-    for at in range(0, len(row), block):
-        known, first = shown.num_known[at : at + block], start[row[at : at + block]]
-        position = known[:, None] - np.arange(1, last_events + 1)
-        met_before = place[np.where(position >= 0, first[:, None] + position, 0)] if len(place) else position
-        is_first = met_before < np.maximum(known - last_events, 0)[:, None]
-        items[at : at + block] = (is_first & (position >= 0)).sum(1)
-    return items
 
 
 def last_met(histories: Histories, impressions: Impressions) -> np.ndarray:

@@ -42,9 +42,9 @@ class Rates:
 RATE_NAMES = tuple(f.name for f in fields(Rates))
 
 MEASURED = {
-    "tiny": Rates(3.808, 0.5714, 0.9931, 286.2, 0.8846, 32.67),
-    "small": Rates(4.831, 1.124, 1.19, 132, 0.9291, 52.55),
-    "base": Rates(23.43, 5.586, 2.786, 172.9, 0.983, 75.68),
+    "tiny": Rates(3.04, 0.5316, 1.174, 218.5, 1.454, 22.02),
+    "small": Rates(4.011, 1.061, 1.116, 119, 1.171, 26.72),
+    "base": Rates(25.69, 4.911, 2.398, 150.6, 1.021, 75.12),
 }
 
 COST_SETTINGS = (

@@ -14,7 +14,7 @@ import json
 import math
 import time
 from collections.abc import Generator
-from contextlib import ExitStack, closing
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -127,15 +127,15 @@ def _prepare(
 
     processes.first(begin)
     trainer = Trainer(model, feeds, config, out, processes)
-    if not resume:
-        trainer.measure_counts()
-    else:
+    if resume:
         trainer.restore()
         if trainer.position.data != data.manifest.fingerprint:
             raise CheckpointError(
                 f"{out}: {data.folder} was changed since it was started (vista forget, or prepared again), and its "
                 "place in the data means nothing now: train anew"
             )
+    else:
+        trainer.measure_counts()
     trainer.position.data = data.manifest.fingerprint
     return trainer
 
@@ -196,18 +196,16 @@ class Trainer:
 
     def measure_counts(self) -> None:
         """Before the first step: by what exact counts are standardised, as requests of some users have them."""
-        encoders = [module for module in self.model.modules() if isinstance(module, CountsEncoder)]
-        if not encoders:
+        encoder = next((module for module in self.model.modules() if isinstance(module, CountsEncoder)), None)
+        if encoder is None:
             return
         settings, feed = self.config.train, self.feeds.train
         users = users_up_to(feed, settings.validation_requests, settings.seed)
-        with ExitStack() as measuring:
-            for encoder in encoders:
-                measuring.enter_context(encoder.measuring())
+        with encoder.measuring():
             score(self.model, replace(feed, users=users), "measure counts", quiet=True)
         if self.shards:
             self.shards.finish()
-        self.processes.spread(buffer for encoder in encoders for buffer in encoder.buffers())
+        self.processes.spread(encoder.buffers())
 
     # -- the loop
 

@@ -1,0 +1,69 @@
+"""The head: exact counts are standardised by what was measured, and have a logit of their own."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.models.test_ranker import CONFIG, WIDTH, requests
+from vista.models.embeddings import ContextEncoder
+from vista.models.head import LEAST_DEVIATION, CountsEncoder, Head
+
+NUM_COUNTS = 3
+
+
+def asked(seed: int = 0):
+    """Five candidates with counts, the last of them padding."""
+    of = requests(torch.tensor([[7, 8, 9]]), torch.tensor([[11, 12, 13, 14, 0]]))
+    generator = torch.Generator().manual_seed(seed)
+    return replace(of, counts=torch.randn(1, 5, NUM_COUNTS, generator=generator) * 4 + 3)
+
+
+def test_counts_are_standardised_by_all_that_was_measured_and_by_nothing_later():
+    encoder, batches = CountsEncoder(NUM_COUNTS), [asked(seed) for seed in range(6)]
+    for batch in batches:
+        batch.counts[..., 2] = 7.0  # a column that never varies where it is measured
+    with encoder.measuring():
+        for batch in batches:
+            encoder(batch)
+    seen = torch.cat([batch.counts[0, :4] for batch in batches])  # padding is not counted
+    torch.testing.assert_close(encoder.mean, seen.mean(0))
+    torch.testing.assert_close(encoder.scale, seen.std(0, correction=0).clamp(min=LEAST_DEVIATION))
+    known, modes = asked(9), []
+    for is_training in (True, False):
+        encoder.train(is_training)
+        modes.append(encoder(known))
+    torch.testing.assert_close(
+        modes[0], ((known.counts - encoder.mean) / encoder.scale) * (known.candidate > 0)[..., None]
+    )
+    assert torch.equal(*modes)
+    torch.testing.assert_close(encoder.mean, seen.mean(0))
+
+
+@pytest.mark.parametrize("num_counts", [0, NUM_COUNTS])
+def test_facts_have_a_logit_that_no_vector_changes(num_counts):
+    """With the weights of the joint network at zero, counts still tell candidates apart, and vectors do not."""
+    torch.manual_seed(0)
+    head = Head(CONFIG, ContextEncoder(()), WIDTH, 1, num_counts).eval()
+    for parameter in head.layers.parameters():
+        torch.nn.init.zeros_(parameter)
+    of = asked() if num_counts else replace(asked(), counts=None)
+    vectors = [(torch.randn(1, 5, WIDTH), torch.randn(1, 5, WIDTH)) for _ in range(2)]
+    found = [head(read, x, of) for read, x in vectors]
+    assert torch.equal(*found)
+    differ = found[0][0, :4].std()
+    assert differ > 1e-3 if num_counts else differ == 0
+
+
+def test_the_logits_of_both_networks_are_added():
+    torch.manual_seed(0)
+    head = Head(CONFIG, ContextEncoder(()), WIDTH, 1, NUM_COUNTS).eval()
+    read, x, of = torch.randn(1, 5, WIDTH), torch.randn(1, 5, WIDTH), asked()
+    both = head(read, x, of)
+    for parameter in head.of_facts.parameters():
+        torch.nn.init.zeros_(parameter)
+    joint = head(read, x, of)
+    assert (both - joint).std() > 1e-3
+    assert (joint - head(read, x.flip(1), of)).abs().max() > 1e-4

@@ -44,6 +44,7 @@ class ModelConfig:
     num_heads: int = 4  # [H]; the head width E is width / num_heads
     sketch_slots: int = 0  # items the sketch has room for (exact counts beside the summary, per candidate); 0: none
     sketch_traces: int = 0  # items beyond these of which the sketch keeps a trace of 4 bytes: count and rough age
+    sketch_predecessors: int = 0  # newest meetings with an item of which the sketch keeps what came before; 0: none
     popularity_hours: int = 24  # beside a sketch: hours between two tables of how popular items are; 0: none
     recent_events: int = 128  # [R] newest raw events given to the ranker; at least the largest staleness in events
     history_events: int = 1024  # [R] newest raw events that models without a summary (docs/baselines.md) read
@@ -54,6 +55,7 @@ class ModelConfig:
     expansion: int = 2  # hidden width of the gated units, in multiples of width
     head_width: int = 64  # hidden width of the task heads
     dropout: float = 0.0  # share of what the ranker adds, and of the vectors its head reads, dropped in training
+    count_predecessors: int = 0  # counts: newest meetings with an item of which what came before is known; 0: none
     count_last_events: int = 0  # model counts: count in the last so many events only; 0: in the whole history
     decoder_layers: int = 1  # blocks of the reconstruction decoder (training only)
 
@@ -146,13 +148,13 @@ SIZES: dict[str, dict[str, Any]] = {
     "tiny": {
         "model.width": 32, "model.num_heads": 2, "model.num_seeds": 32, "model.segment_events": 32,
         "model.recent_events": 64, "model.ranker_layers": 1, "model.head_width": 32,
-        "model.sketch_slots": 768, "model.sketch_traces": 6656,
+        "model.sketch_slots": 768, "model.sketch_traces": 6656, "model.sketch_predecessors": 4,
     },
-    "small": {"model.sketch_slots": 512, "model.sketch_traces": 4608},
+    "small": {"model.sketch_slots": 512, "model.sketch_traces": 4608, "model.sketch_predecessors": 4},
     "base": {
         "model.width": 128, "model.num_heads": 4, "model.num_seeds": 128, "model.segment_events": 128,
         "model.recent_events": 256, "model.num_layers": 2, "model.ranker_layers": 3, "model.head_width": 256,
-        "model.sketch_slots": 1024, "model.sketch_traces": 8192,
+        "model.sketch_slots": 1024, "model.sketch_traces": 8192, "model.sketch_predecessors": 4,
     },
 }  # fmt: skip
 
@@ -270,5 +272,5 @@ def _check(config: Config) -> None:
 _MAY_BE_ZERO = {
     "seed", "time_budget_s", "average_steps", "steps_ahead", "max_stale_segments", "weight_decay", "warmup_steps",
     "reconstruction_weight", "dropout", "num_seeds", "count_last_events", "sketch_slots",
-    "sketch_traces", "popularity_hours",
+    "sketch_traces", "sketch_predecessors", "count_predecessors", "popularity_hours",
 }  # fmt: skip

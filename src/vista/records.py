@@ -25,6 +25,7 @@ from vista.store.record import Record, Stored, user_key
 
 READOUT = "readout"  # the array of what candidates ask
 SKETCH_ARRAYS = ("sketch_slot", "sketch_entries", "sketch_decayed", "sketch_clock")
+PRECEDING_ARRAYS = ("sketch_preceding", "sketch_newest")
 TRACE_ARRAYS = ("sketch_traced", "sketch_words", "sketch_marks")  # beside them, where the sketch has traces
 RECENT_TYPES = {"item": np.int32, "action": np.int16, "timestamp_us": np.int64, "gap_us": np.int64}
 
@@ -54,7 +55,7 @@ def tokens_records(
     for row, (user, recent) in enumerate(zip(user_ids, recent_arrays(state), strict=True)):
         hot = {name: array[-newest:] for name, array in recent.items()} | {"tokens": tokens[row]}
         hot |= {} if readout is None else {READOUT: readout[row].float().numpy()}
-        hot |= sketch_arrays(tuple(t[row] for t in sketch))
+        hot |= sketch_arrays(model.sketch, tuple(t[row] for t in sketch))
         records.append(Record("tokens", version, *_facts(state, row, user), hot))
     return records
 
@@ -67,7 +68,7 @@ def state_records(model: SequenceModel, state: UserState, user_ids: list[Any], v
     records = []
     for row, (user, recent) in enumerate(zip(user_ids, recent_arrays(state), strict=True)):
         cold = recent | {f"memory_{i}": t[row] for i, t in enumerate(memory)}
-        cold |= sketch_arrays(tuple(t[row] for t in sketch))
+        cold |= sketch_arrays(model.sketch, tuple(t[row] for t in sketch))
         cold["first_us"] = state.progress.first_us[row : row + 1].numpy()
         records.append(Record("state", version, *_facts(state, row, user), cold))
     return records
@@ -111,8 +112,8 @@ def from_records(model: SequenceModel, records: list[Record | None]) -> UserStat
         fill_recent(recent, row, record)
         for i, tensor in enumerate(memory[: len(memory) - len(sketch)]):
             tensor.numpy()[row] = record.arrays[f"memory_{i}"]  # in place, as in fill_recent
-        if sketch:
-            fill_sketch(sketch, row, record)
+        if model.sketch is not None:
+            fill_sketch(model.sketch, sketch, row, record)
     return UserState(progress, recent, unflatten(memory, initial.memory))
 
 
@@ -136,36 +137,48 @@ def fill_readout(readout: torch.Tensor, row: int, record: Record | Stored) -> No
     readout.numpy()[row] = own
 
 
-def sketch_arrays(sketch: Running) -> dict[str, np.ndarray]:
+def sketch_arrays(sketch: Sketch | None, running: Running) -> dict[str, np.ndarray]:
     """One user's sketch as a record holds it: the slots that have an entry, and the clock; the slots that have a trace
-    (a bit for each, nothing where none has one), these traces, and the marks made so far. """  # fmt: skip
-    if not sketch:
+    (a bit for each, nothing where none has one), these traces, and the marks made so far; what came before the entries
+    of items, and the newest event. """  # fmt: skip
+    if sketch is None:
         return {}
-    entries, decayed, clock, *traces = (t.numpy() for t in sketch)
+    part = dict(zip(sketch.names, (t.numpy() for t in running), strict=True))
+    entries, decayed = part["sketch_entries"], part["sketch_decayed"]
     slot = np.flatnonzero(entries[:, 0])
-    values = (slot.astype(np.int32), entries[slot], decayed[slot].astype(np.float32), clock)
+    values = (slot.astype(np.int32), entries[slot], decayed[slot].astype(np.float32), part["sketch_clock"])
     arrays = dict(zip(SKETCH_ARRAYS, values, strict=True))
-    if traces:
-        words, marks = traces
+    if "trace_words" in part:
+        words, marks = part["trace_words"], part["trace_marks"]
         traced = np.packbits(words != 0) if words.any() else np.zeros(0, np.uint8)
         arrays |= dict(zip(TRACE_ARRAYS, (traced, words[words != 0], np.trim_zeros(marks, "b")), strict=True))
+    if "sketch_preceding" in part:
+        preceding = part["sketch_preceding"]
+        kept = preceding[slot[slot < len(preceding)]]  # the slots of items are the first
+        arrays |= dict(zip(PRECEDING_ARRAYS, (kept, part["sketch_newest"]), strict=True))
     return arrays
 
 
-def fill_sketch(sketch: Running, row: int, record: Record | Stored) -> None:
+def fill_sketch(sketch: Sketch, running: Running, row: int, record: Record | Stored) -> None:
     """Put a record's sketch into one row of empty ones (B, ...). Raises RecordError where the record has none."""
-    has_traces = len(sketch) > len(Sketch.names)
-    missing = [name for name in SKETCH_ARRAYS + TRACE_ARRAYS * has_traces if name not in record.arrays]
+    part = dict(zip(sketch.names, (t.numpy() for t in running), strict=True))
+    has_traces, has_preceding = "trace_words" in part, "sketch_preceding" in part
+    needed = (*SKETCH_ARRAYS, *TRACE_ARRAYS * has_traces, *PRECEDING_ARRAYS * has_preceding)
+    missing = [name for name in needed if name not in record.arrays]
     if missing:
         raise RecordError(f"no {missing[0]} in a record of a model with a sketch; summarize the user again")
     slot, entries, decayed, clock = (record.arrays[name] for name in SKETCH_ARRAYS)
-    for tensor, values in zip(sketch, (entries, decayed), strict=False):
-        tensor.numpy()[row, slot] = values
-    sketch[2].numpy()[row] = clock
+    part["sketch_entries"][row, slot] = entries
+    part["sketch_decayed"][row, slot] = decayed
+    part["sketch_clock"][row] = clock
     if has_traces:
         traced, words, marks = (record.arrays[name] for name in TRACE_ARRAYS)
-        sketch[3].numpy()[row, np.flatnonzero(np.unpackbits(traced))] = words
-        sketch[4].numpy()[row, : len(marks)] = marks
+        part["trace_words"][row, np.flatnonzero(np.unpackbits(traced))] = words
+        part["trace_marks"][row, : len(marks)] = marks
+    if has_preceding:
+        preceding, newest = (record.arrays[name] for name in PRECEDING_ARRAYS)
+        part["sketch_preceding"][row, slot[: len(preceding)]] = preceding
+        part["sketch_newest"][row] = newest
 
 
 BORDER_NUMBERS = ("num_events", "first_us", "last_us", "num_ties")  # stored as border_num_events and so on

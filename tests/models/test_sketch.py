@@ -24,10 +24,11 @@ from tests.models.worlds import (
 )
 from vista.data import counts
 from vista.errors import ConfigError, RecordError
+from vista.models import sketch as sketches
 from vista.models.batch import Requests, flatten
 from vista.models.embeddings import ItemTables
 from vista.models.inputs import Events
-from vista.models.sketch import EPOCH_S, HALF_LIVES_S, NEVER_EVENTS, NEVER_S, Sketch
+from vista.models.sketch import EPOCH_S, HALF_LIVES_S, NEVER_EVENTS, NEVER_S, Sketch, fingerprints
 from vista.models.sketch_fold import SketchFold
 from vista.models.summarizer import UserState
 from vista.models.traces import Traces, _shift, _torch_shift, later_rivals
@@ -286,19 +287,21 @@ def test_codes_are_halved_as_a_history_grows_and_stay_what_they_would_be():
 
 def test_what_a_record_holds_of_a_sketch_with_traces_is_all_of_it():
     events = histories([400, 22, 3, 0], seed=2)
-    model = summarizer(sketch_slots=FULL, sketch_traces=TRACES)
+    model = summarizer(sketch_slots=FULL, sketch_traces=TRACES, sketch_predecessors=3)
     with torch.no_grad():
         running = model.extend(model.init_state(4), events).memory[-1][0]
         again = model.init_state(4).memory[-1][0]
     for user in range(4):
-        arrays = sketch_arrays(tuple(t[user] for t in running))
+        arrays = sketch_arrays(model.sketch, tuple(t[user] for t in running))
         assert len(arrays["sketch_words"]) == int((running[3][user] != 0).sum())
-        fill_sketch(again, user, Record("state", "0" * 16, b"i:7", 0, 0, arrays))
+        fill_sketch(model.sketch, again, user, Record("state", "0" * 16, b"i:7", 0, 0, arrays))
     for before, after in zip(running, again, strict=True):
         assert torch.equal(before, after)
-    without = sketch_arrays(tuple(t[0] for t in running[:3]))
-    with pytest.raises(RecordError, match="no sketch_traced in a record of a model with a sketch"):
-        fill_sketch(again, 0, Record("state", "0" * 16, b"i:7", 0, 0, without))
+    assert running[-2].any()
+    for name in ("sketch_traced", "sketch_preceding"):
+        without = {k: v for k, v in arrays.items() if k != name}
+        with pytest.raises(RecordError, match=f"no {name} in a record of a model with a sketch"):
+            fill_sketch(model.sketch, again, 0, Record("state", "0" * 16, b"i:7", 0, 0, without))
 
 
 @pytest.mark.parametrize(("slots", "items"), [(8, 40), (24, 65_536), (16, 100_000)])
@@ -321,13 +324,13 @@ def test_a_catalogue_beyond_what_fingerprints_tell_apart_is_refused_with_the_num
     st.lists(st.integers(0, 60), min_size=1, max_size=4),
     st.integers(0, 10**6),
     st.lists(st.floats(0, 1), max_size=5),
-    st.sampled_from([(EXACT, 0), (FULL, 0), (FULL, TRACES)]),
+    st.sampled_from([(EXACT, 0, 0), (EXACT, 0, 3), (FULL, 0, 2), (FULL, TRACES, 0), (FULL, TRACES, 4)]),
 )
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_however_a_history_is_cut_the_sketch_is_the_same(lengths, seed, cuts, slots):
     """To the last bit, decayed counts included."""
     events = histories(lengths, seed)
-    model = summarizer(sketch_slots=slots[0], sketch_traces=slots[1])
+    model = summarizer(sketch_slots=slots[0], sketch_traces=slots[1], sketch_predecessors=slots[2])
     state = model.init_state(len(lengths))
     borders = [[0] * len(lengths), *([round(cut * n) for n in lengths] for cut in sorted(cuts)), lengths]
     with torch.no_grad():
@@ -336,6 +339,65 @@ def test_however_a_history_is_cut_the_sketch_is_the_same(lengths, seed, cuts, sl
         whole = model.extend(model.init_state(len(lengths)), events)
     for cut, at_once in zip(state.memory[-1][0], whole.memory[-1][0], strict=True):
         assert torch.equal(cut, at_once)
+
+
+def naive_preceding(items: list[int], candidate: int, num_kept: int) -> list[float]:
+    """How near the items before the newest meetings are among the newest 16 events, event by event."""
+    if not candidate:
+        return [0.0] * 3
+    worth = []
+    for place in [n for n, item in enumerate(items) if item == candidate][::-1][:num_kept]:
+        before = items[place - 1] if place else None
+        ages = [age for age, item in enumerate(items[::-1][:16]) if item == before != candidate]
+        worth.append(2 ** (-ages[0] / 4) if ages else 0.0)
+    return [sum(worth) / len(worth), max(worth), worth[0]] if worth else [0.0] * 3
+
+
+@pytest.mark.parametrize(("num_kept", "seed"), [(1, 0), (3, 1), (4, 2)])
+def test_predecessors_say_what_the_definition_says(num_kept, seed):
+    """As of a summary at the border, and of one that is behind."""
+    events = histories(LENGTHS, seed)
+    candidate = torch.arange(FIRST + NUM_ITEMS).expand(len(LENGTHS), -1)
+    model = summarizer(sketch_slots=EXACT, sketch_predecessors=num_kept)
+    assert model.sketch is not None
+    behind = [max(n - 8, 0) for n in LENGTHS]  # what the recent events, 16, make good
+    with torch.no_grad():
+        newest = model.extend(model.init_state(len(LENGTHS)), events)
+        older = model.extend(model.init_state(len(LENGTHS)), slice_users(events, [0] * len(LENGTHS), behind))
+    requests = requests_of(newest, candidate, newest.progress.last_us.clamp(min=10**15) + DAY_US)
+    whole = [events.item[events.offsets[u] : events.offsets[u + 1]].tolist() for u in range(len(LENGTHS))]
+    expected = torch.tensor([[naive_preceding(w, c, num_kept) for c in candidate[0].tolist()] for w in whole])
+    assert (expected[-1, :, 0] > 0).sum() > 4  # or the test would show little
+    for state in (newest, older):
+        found = model.sketch.read(state.memory[-1][0], requests, FEATURES)[..., -TOTALS - 3 : -TOTALS]
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
+
+
+def test_an_entry_that_made_room_has_lost_its_predecessors():
+    """Of a full table: those since the item came back in, and of those it has the true ones."""
+    events = histories([400], seed=1)
+    items = events.item.tolist()
+    model = summarizer(sketch_slots=FULL, sketch_traces=TRACES, sketch_predecessors=4)
+    assert model.sketch is not None
+    with torch.no_grad():
+        state = model.extend(model.init_state(1), events)
+    entries, preceding = state.memory[-1][0][0][0], state.memory[-1][0][-2][0]
+    known = fingerprints(torch.tensor([0, *items[: len(items) // S * S]])).tolist()
+    for slot in range(model.sketch.levels[0].end):
+        key = int(entries[slot, 0])
+        places = [n for n in range(len(items) // S * S) if items[n] == key][::-1][:4]
+        true = [known[place] for place in places] + [0] * (4 - len(places))
+        mine = preceding[slot].tolist()
+        size = sum(value > 0 for value in mine)
+        assert size > 0
+        assert mine == true[:size] + [0] * (4 - size)
+
+
+def test_fingerprints_of_items_are_in_range_and_spread():
+    found = fingerprints(torch.arange(200_000))
+    assert int(found[0]) == 0
+    assert 1 <= int(found[1:].min()) <= int(found[1:].max()) < 2**15
+    assert torch.bincount(found[1:].long()).max() < 30  # six of each, evenly
 
 
 def test_users_and_candidates_do_not_touch_one_another():
@@ -375,6 +437,8 @@ def test_tokens_do_not_depend_on_the_sketch_and_a_model_without_one_carries_none
 def test_never_is_as_far_as_in_exact_counts():
     assert (NEVER_EVENTS, NEVER_S) == (counts.NEVER_EVENTS, counts.NEVER_S)
     assert set(HALF_LIVES_S) < set(counts.HALF_LIVES_S.values())
+    assert sketches.PRECEDING_EVENTS == counts.PRECEDING_EVENTS
+    assert sketches.PRECEDING_HALF_LIFE == counts.PRECEDING_HALF_LIFE
 
 
 def test_padding_and_unknown_keys_are_never_met():

@@ -16,7 +16,7 @@ def make_feed(data: PreparedData, config: Config, split: str) -> tuple[Feed, tup
     impressions, model = data.impressions(split), config.model
     counts: CountFeatures | PopularityFeatures
     if model.with_counts:
-        counts = CountFeatures.of(data, impressions, model.count_last_events or None)
+        counts = CountFeatures.of(data, impressions, model.count_last_events or None, model.count_predecessors)
     elif model.has_popularity:
         counts = PopularityFeatures.of(data, impressions, model.popularity_hours)
     else:

@@ -31,6 +31,8 @@ HALF_LIVES_S = {"1h": 3600.0, "1d": 86_400.0, "1w": 604_800.0, "30d": 2_592_000.
 # "Never" must lie beyond every true distance, or a model could take it for a long time ago.
 NEVER_EVENTS = 1e7  # ten times the longest history that ``vista prepare`` keeps by default
 US_PER_S = 1e6
+PRECEDING_EVENTS, PRECEDING_HALF_LIFE = 16, 4  # newest events to look for predecessors in; worth half so far back
+PRECEDING_NAMES = ("item_preceding_mean", "item_preceding_largest", "item_preceding_newest")
 USER_NAMES = ("history_length", "history_items", "history_repeats")
 BLOCK_ROWS = 2_000_000  # events + impressions handled at once: about half a gigabyte of temporary arrays
 
@@ -201,15 +203,21 @@ class CountFeatures:
     the request itself (a model with a sketch reads a table some days old). And ``history_length`` and
     ``history_items``, the log number of events known and of different items among them; ``history_repeats``, the share
     of events whose item had been met before.
+
+    With predecessors also the PRECEDING_NAMES: how near the items of the events just before the user's newest few
+    meetings with the item are among the newest PRECEDING_EVENTS: 2^(-events since / PRECEDING_HALF_LIFE), the newest
+    event being worth 1, absent ones and the item itself 0. Their mean, the largest, and that of the newest meeting.
     """
 
     matrix: np.ndarray
     feature_names: tuple[str, ...]
 
     @classmethod
-    def of(cls, data: PreparedData, impressions: Impressions, last_events: int | None = None) -> CountFeatures:
+    def of(
+        cls, data: PreparedData, impressions: Impressions, last_events: int | None = None, num_predecessors: int = 0
+    ) -> CountFeatures:
         """From prepared data; see ``count_features``."""
-        return count_features(data.histories, data.catalogue, impressions, last_events)
+        return count_features(data.histories, data.catalogue, impressions, last_events, num_predecessors)
 
     def __call__(self, request: np.ndarray, impression: np.ndarray) -> np.ndarray:
         """Features of some impressions (rows of the split), (n, F) float32; the rows of their requests go unused."""
@@ -217,17 +225,23 @@ class CountFeatures:
 
 
 def count_features(
-    histories: Histories, catalogue: Catalogue, impressions: Impressions, last_events: int | None = None
+    histories: Histories,
+    catalogue: Catalogue,
+    impressions: Impressions,
+    last_events: int | None = None,
+    num_predecessors: int = 0,
 ) -> CountFeatures:
     """Count what each user knew at each request.
 
     last_events: count only the last so many events before the request, as if the user had no others; popularity, which
-    is not the user's, stays whole. Raises ConfigError when it is not positive.
+    is not the user's, stays whole. num_predecessors: newest meetings of which is known what came before; 0: none.
+    Raises ConfigError when last_events is not positive.
     """
     if last_events is not None and last_events < 1:
         raise ConfigError(f"last_events is {last_events}: give a number of events from 1 on, or None for all")
     levels = _levels(catalogue)
     names = (*USER_NAMES, *(f"{level}_{name}" for level, _ in levels for name in _level_names()))
+    names += PRECEDING_NAMES if num_predecessors else ()
     matrix = np.empty((impressions.num_impressions, len(names)), np.float32)
     popularity = [Popularity.of(histories, keys) for _, keys in levels]
     with Progress("count", total=impressions.num_requests, unit="requests") as progress:
@@ -241,6 +255,8 @@ def count_features(
             for index, popular in zip(indices, popularity, strict=True):
                 columns += _level_features(index, shown, last_events)
                 columns += [*popular.features(shown.item, shown.timestamp_us).T]
+            if num_predecessors:
+                columns += [*_preceding(histories, indices[0], shown, last_events, num_predecessors)]
             matrix[impressions.offsets[first] : impressions.offsets[end]] = np.stack(columns, 1)
             progress.advance(end - first)
     return CountFeatures(matrix, names)
@@ -295,6 +311,36 @@ def _level_features(index: UserItemIndex, shown: Shown, last_events: int | None)
     decayed = _decayed_counts(index, shown, meetings)
     features = [is_met.astype(float), np.log1p(meetings.count), np.log1p(events), np.log1p(seconds)]
     return features + [np.log1p(count) for count in decayed]
+
+
+def _preceding(
+    histories: Histories, index: UserItemIndex, shown: Shown, last_events: int | None, num_kept: int
+) -> np.ndarray:
+    """The PRECEDING_NAMES of each impression, (3, C) float64."""
+    found = np.zeros((3, len(shown.item)))
+    meetings = index.find(shown, last_events)
+    worth = np.exp2(-np.arange(PRECEDING_EVENTS) / PRECEDING_HALF_LIFE)
+    block = max(BLOCK_ROWS // (num_kept * PRECEDING_EVENTS), 1)
+    for at in range(0, len(shown.item) if len(index.position) else 0, block):
+        some = slice(at, at + block)
+        known = shown.num_known[some, None]
+        start = np.asarray(histories.offsets, np.int64)[shown.user[some], None]
+        oldest = np.maximum(known - last_events, 0) if last_events is not None else 0 * known
+
+        def items(place: np.ndarray, start: np.ndarray = start, oldest: np.ndarray = oldest) -> np.ndarray:
+            """By places in the history; -1 outside of what is known."""
+            event = np.minimum(start + np.maximum(place, oldest), len(histories.item) - 1)
+            item = np.asarray(histories.item[event], np.int64)
+            return np.where(place >= oldest, item, -1)
+
+        row = meetings.end[some, None] - 1 - np.arange(num_kept)
+        before = items(np.where(row >= meetings.first[some, None], index.position[np.maximum(row, 0)] - 1, -1))
+        recent = items(known - 1 - np.arange(PRECEDING_EVENTS))
+        is_other = (before > 0) & (before != shown.item[some, None])
+        is_same = (before[..., None] == recent[:, None]) & is_other[..., None]
+        each = (is_same * worth).max(-1)
+        found[:, some] = each.sum(1) / np.clip(meetings.count[some], 1, num_kept), each.max(1), each[:, 0]
+    return found
 
 
 def _decayed_counts(index: UserItemIndex, shown: Shown, meetings: Meetings) -> np.ndarray:

@@ -13,17 +13,22 @@ forgotten, and counts from the next meeting on. A user of fewer keys than slots 
 whose entry had to make room, *traces* (`vista.models.traces`) keep how often and roughly when, where the sketch has
 them: several thousand more in the same bytes.
 
+What a user did before is no count, yet tells much of a log in which things are done in turn. So an item's entry may
+keep *predecessors*: fingerprints of the items of the events just before its newest few meetings. A candidate is
+compared by them with what the user did just now.
+
 Naive definition, all entries kept: of the events with the candidate's key before the request, the number; for each
 half-life h the sum of 2^(-age / h); the place and the time of the newest. The features are those of
 `vista.data.counts`, but popularity, which is not the user's, and the shortest half-lives, which the recent events tell;
-and two of the whole user: how many items, and which share of the events was of an item met before. These two are as
-of the summary, and beside them of the recent events alone, which are the whole history of who has few.
+what predecessors say; and two of the whole user: how many items, and which share of the events was of an item met
+before. These two are as of the summary, and beside them of the recent events alone, which are the whole history of who
+has few.
 
 All that is carried is integers, products from tables, and sums in time order, so that no bit depends on how events are
 cut into calls, or on the shape of a batch (exp2 would: its last bit depends on a tensor's length).
 
 Shape letters: B users, G segments, S events in a segment, M summaries, P slots of all levels, W slots of a bucket, J
-levels, F half-lives, Q requests, C candidates, R recent events.
+levels, F half-lives, N predecessors kept, Q requests, C candidates, R recent events.
 """
 
 from __future__ import annotations
@@ -36,7 +41,7 @@ from torch import Tensor, nn
 from vista.models.batch import Requests
 from vista.models.inputs import US_PER_S
 from vista.models.memory import Running
-from vista.models.sketch_fold import COUNT, DECAY_BITS, KEY, MAX_HALVINGS, PLACE, SketchFold
+from vista.models.sketch_fold import COUNT, DECAY_BITS, KEY, MAX_HALVINGS, PLACE, UNKNOWN, SketchFold
 from vista.models.traces import Traces
 from vista.ops.order import SegmentOrder
 
@@ -48,6 +53,9 @@ WAYS = 8  # slots of a bucket: with 8, who must make room differs little from th
 FEATURE_SLOTS = 128  # most slots of a level of categories: bounds what a catalogue with many of them costs
 MULTIPLIER = -7046029254386353131  # odd 64-bit constant: the golden ratio
 HASH_BITS = 31
+FINGERPRINT_BITS = 15  # of a predecessor: one of 16 recent events is taken for one of 4 once in 500 times
+PRECEDING_NAMES = ("mean", "largest", "newest")  # features of the predecessors
+PRECEDING_EVENTS, PRECEDING_HALF_LIFE = 16, 4  # newest events to look for predecessors in; worth half so far back
 
 
 @dataclass(frozen=True)
@@ -92,10 +100,14 @@ class Sketch(nn.Module):
     decayed  (B, P, F) float32: for each half-life the decayed number of these events as of the newest of them
     clock    (B, 2) int32: events so far, and how many of them brought an item that had neither entry nor trace
 
-    and behind them, where there are traces, (words, marks) of `vista.models.traces`. segment_events: S, with traces.
-    """
+    and behind them, where there are traces, (words, marks) of `vista.models.traces` (segment_events: S, with traces),
+    and where there are predecessors
 
-    names = ("sketch_entries", "sketch_decayed", "sketch_clock")
+    preceding  (B, items' P, N) int16: fingerprints of the events before the newest N with this item, newest first
+    newest     (B, 1) int16: the fingerprint of the newest event
+
+    a fingerprint being 0 where there is no event.
+    """
 
     def __init__(
         self,
@@ -104,8 +116,10 @@ class Sketch(nn.Module):
         feature_sizes: tuple[int, ...],
         num_traces: int = 0,
         segment_events: int = 1,
+        num_predecessors: int = 0,
     ) -> None:
         super().__init__()
+        self.num_predecessors = num_predecessors
         self.levels = [Level.of(None, 0, num_items, num_slots)]
         for feature, size in enumerate(feature_sizes):
             self.levels.append(Level.of(feature, self.levels[-1].end, size, min(num_slots, FEATURE_SLOTS)))
@@ -118,16 +132,28 @@ class Sketch(nn.Module):
         halvings = torch.arange(MAX_HALVINGS + 1, dtype=torch.float64)
         for name, exponent in (("whole", halvings), ("coarse", steps), ("fine", steps * 2.0**-DECAY_BITS)):
             self.register_buffer(f"left_{name}", torch.exp2(-exponent).float(), persistent=False)
+        events = torch.arange(PRECEDING_EVENTS, dtype=torch.float64)
+        self.register_buffer("near", torch.exp2(-events / PRECEDING_HALF_LIFE).float(), persistent=False)
 
     steps_per_s: Tensor
     left_whole: Tensor
     left_coarse: Tensor
     left_fine: Tensor
+    near: Tensor
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What the tensors of the running value are called."""
+        traces = ("trace_words", "trace_marks") if self.traces is not None else ()
+        preceding = ("sketch_preceding", "sketch_newest") if self.num_predecessors else ()
+        return ("sketch_entries", "sketch_decayed", "sketch_clock", *traces, *preceding)
 
     @property
     def num_features(self) -> int:
-        """Per level: met, count, events since, seconds since, and a decayed count per half-life; and the totals."""
-        return len(self.levels) * (4 + len(HALF_LIVES_S)) + 4
+        """Per level: met, count, events since, seconds since, and a decayed count per half-life; what predecessors
+        say; and the totals. """  # fmt: skip
+        of_predecessors = len(PRECEDING_NAMES) if self.num_predecessors else 0
+        return len(self.levels) * (4 + len(HALF_LIVES_S)) + of_predecessors + 4
 
     # -- as a memory
 
@@ -138,13 +164,20 @@ class Sketch(nn.Module):
             torch.zeros(num_users, self.num_slots, len(HALF_LIVES_S)),
             torch.zeros(num_users, 2, dtype=torch.int32),
             *(self.traces.initial(num_users) if self.traces is not None else ()),
+            *(self._no_predecessors(num_users) if self.num_predecessors else ()),
         )
+
+    def _no_predecessors(self, num_users: int) -> Running:
+        shape = (num_users, self.levels[0].end, self.num_predecessors)
+        return torch.zeros(shape, dtype=torch.int16), torch.zeros(num_users, 1, dtype=torch.int16)
 
     def parts(self, item: Tensor, features: Tensor, timestamp_us: Tensor, is_valid: Tensor) -> Running:
         """The entries of segments by themselves: item, timestamp_us, is_valid (G, S), features (G, S, number of them).
 
         Returns entries (G, J, S, 4), decayed (G, J, S, F) and clock (G, 2): how many events, the second of the last.
-        The entry of a key stands where the segment has it last; anywhere else the key is 0.
+        The entry of a key stands where the segment has it last; anywhere else the key is 0. With predecessors also
+        those of the items, (G, S, N), newest first, UNKNOWN where it lies before the segment, and the fingerprint of
+        the last event, (G, 1).
         """
         key = torch.stack([self._key(level, item, features) for level in self.levels], 1) * is_valid[:, None]
         same = (key[..., :, None] == key[..., None, :]) & (key > 0)[..., None]
@@ -158,7 +191,22 @@ class Sketch(nn.Module):
         left = self.left(second[g, j, later].long() - second[g, j, earlier])
         decayed.view(-1, len(HALF_LIVES_S)).index_add_(0, row, left.to(decayed.dtype))
         last = _seconds(timestamp_us).masked_fill(~is_valid, NEVER_SECOND).amax(1)
-        return entries, decayed, torch.stack([is_valid.sum(1).int(), last], -1)
+        clock = torch.stack([is_valid.sum(1).int(), last], -1)
+        preceding = self._preceding_in_segment(item * is_valid, same[:, 0]) if self.num_predecessors else ()
+        return entries, decayed, clock, *preceding
+
+    def _preceding_in_segment(self, item: Tensor, same: Tensor) -> Running:
+        """Of events item (G, S), 0 pads at the end, and which of them are the same, (G, S, S): as ``parts`` says."""
+        fingerprint = fingerprints(item)
+        before = torch.cat([torch.full_like(fingerprint[:, :1], UNKNOWN), fingerprint[:, :-1]], 1)
+        place = torch.arange(item.shape[1], device=item.device)
+        earlier = torch.where(same.tril(-1), place, -1).amax(-1)  # the event before with the same item
+        event, kept = place.expand_as(item), []
+        for _ in range(self.num_predecessors):
+            kept.append(before.gather(1, event.clamp(min=0)) * (event >= 0))
+            event = torch.where(event >= 0, earlier.gather(1, event.clamp(min=0)), -1)
+        last = (item > 0).sum(1, keepdim=True) - 1
+        return torch.stack(kept, -1), fingerprint.gather(1, last.clamp(min=0)) * (last >= 0)
 
     def fold(self, parts: Running, order: SegmentOrder, running: Running, keep: bool = True) -> tuple[Running, Running]:
         """The running value after each segment (G, ...), nothing unless ``keep``, and after the last, (B, ...)."""
@@ -176,28 +224,31 @@ class Sketch(nn.Module):
         now = _seconds(requests.timestamp_us)
         age_s = (now[:, None].long() - _seconds(requests.recent_us)).clamp(min=0)  # where there is no event, any
         later = _Later.of(requests, clock[:, 0], self._counted(age_s))
-        features = []
+        features, met = [], requests.candidate.new_zeros(())
         for level in self.levels:
             candidate, recent = (
                 self._key(level, item, item_features[item]) for item in (requests.candidate, requests.recent_item)
             )
             sums, newest = self._find(level, running, requests.summary, candidate, now)
             more, newer = later.of_key(candidate, recent)
-            features.append(_features(sums + more, torch.maximum(newest, newer), requests.num_known, now))
+            sums = sums + more
+            features.append(_features(sums, torch.maximum(newest, newer), requests.num_known, now))
+            met = sums[..., 0] if level.feature is None else met
+        if self.num_predecessors:
+            preceding = self._preceding(running, requests, later.is_later)
+            features.append(self._likeness(preceding, met, requests))
         totals = torch.cat([_totals(*clock.T), _totals(*_different(requests.recent_item))], -1).to(sums.dtype)
         return torch.cat([*features, totals[:, None].expand(-1, requests.candidate.shape[1], -1)], -1)
 
     def _find(self, level: Level, running: Running, summary: Tensor, key: Tensor, now: Tensor) -> tuple[Tensor, Tensor]:
         """Of keys (Q, C): sums (Q, C, 1 + F) as of now (Q,), and the place and second of the newest event."""
         entries, decayed = running[:2]
-        rows = summary[:, None, None] * self.num_slots + level.slots(key)
-        is_way = (entries[..., KEY].flatten()[rows] == key[..., None]) & (key > 0)[..., None]
-        is_met = is_way.any(-1, keepdim=True)
-        row = rows.gather(-1, is_way.int().argmax(-1, keepdim=True))[..., 0]
+        slot, is_met = self._slot(level, entries, summary, key)
+        row = summary[:, None] * self.num_slots + slot
         entry, sums = entries.flatten(0, 1)[row], decayed.flatten(0, 1)[row]
         count, newest = entry[..., COUNT, None] * is_met, entry[..., PLACE:]
         if self.traces is not None and level.feature is None:
-            _, _, clock, words, marks = running
+            clock, words, marks = running[2:5]
             trace = self.traces.find((words, marks), clock[:, 0], summary, key)
             is_trace = ~is_met & trace.is_found[..., None]
             count = torch.where(is_trace, trace.count[..., None].int(), count)
@@ -208,6 +259,50 @@ class Sketch(nn.Module):
         sums = torch.cat([count.to(sums.dtype), sums * left * is_met], -1)
         never = entry.new_tensor([NEVER_PLACE, NEVER_SECOND])
         return sums, torch.where(is_met, newest, never)
+
+    def _slot(self, level: Level, entries: Tensor, summary: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """The slot (Q, C) of keys (Q, C), any of their bucket where they have none; whether they have, (Q, C, 1)."""
+        slots = level.slots(key)
+        held = entries[..., KEY].flatten()[summary[:, None, None] * self.num_slots + slots]
+        is_way = (held == key[..., None]) & (key > 0)[..., None]
+        return slots.gather(-1, is_way.int().argmax(-1, keepdim=True))[..., 0], is_way.any(-1, keepdim=True)
+
+    def _preceding(self, running: Running, requests: Requests, is_later: Tensor) -> Tensor:
+        """Fingerprints (Q, C, N) of the events before the newest N with each candidate; 0 where there is none.
+
+        is_later (Q, R): the recent events that the summary does not have. They stand before what the entry has.
+        """
+        item, candidate, num_kept = requests.recent_item, requests.candidate, self.num_predecessors
+        stored, newest = running[-2:]
+        slot, is_met = self._slot(self.levels[0], running[0], requests.summary, candidate)
+        stored = stored.flatten(0, 1)[requests.summary[:, None] * stored.shape[1] + slot] * is_met
+        is_first = is_later & (is_later.cumsum(1) == 1)  # its predecessor is the newest event that the summary has
+        before = torch.cat([torch.zeros_like(item[:, :1]), item[:, :-1]], 1)
+        before = torch.where(is_first, newest[requests.summary], fingerprints(before))
+        is_same = (candidate[:, :, None] == item.masked_fill(~is_later, -1)[:, None]) & (candidate > 0)[..., None]
+        place = torch.arange(1, item.shape[1] + 1, device=item.device)
+        place = nn.functional.pad(is_same * place, (num_kept, 0)).topk(num_kept).values  # newest first; 0: none
+        before = nn.functional.pad(before, (1, 0))[:, None].expand(-1, candidate.shape[1], -1)
+        num_later = (place > 0).sum(-1, keepdim=True)
+        own = torch.arange(num_kept, device=item.device)
+        kept = torch.where(own < num_later, own, num_kept + own - num_later)
+        return torch.cat([before.gather(2, place), stored], -1).gather(-1, kept)
+
+    def _likeness(self, preceding: Tensor, met: Tensor, requests: Requests) -> Tensor:
+        """How near the events before the newest meetings are among the newest events now, (Q, C, 3).
+
+        preceding (Q, C, N); met (Q, C): how many meetings there were. An event is worth 2^(-its age / half-life), the
+        newest 1; one of the candidate itself nothing. The mean over the newest N meetings, the largest, the newest.
+        """
+        recent = fingerprints(requests.recent_item[:, -PRECEDING_EVENTS:].flip(1))
+        near = self.near[: recent.shape[1]].to(met.dtype)
+        own = fingerprints(requests.candidate)[..., None]
+        is_same = (preceding[..., None] == recent[:, None, None]) & ((preceding > 0) & (preceding != own))[..., None]
+        worth = (is_same * near).amax(-1) if recent.shape[1] else preceding * near.new_zeros(())
+        each = worth.unbind(-1)
+        total = sum(each[1:], each[0])  # in this order, whatever the shape
+        mean = total / met.clamp(1, self.num_predecessors)
+        return torch.stack([mean, worth.amax(-1), each[0]], -1)
 
     def items(self, running: Running) -> Tensor:
         """The items that the sketch of one user, running (...), has an entry or a trace of."""
@@ -265,6 +360,12 @@ class _Later:
         )
         newest = met.gather(1, newest.long()[..., None].expand(-1, -1, 2))
         return is_same.to(self.value.dtype) @ self.value, newest
+
+
+def fingerprints(item: Tensor) -> Tensor:
+    """Of items (...) int64 from 1 on: int16 from 1 to 2^15 - 1; of 0, which is no item, 0."""
+    hashed = ((item * MULTIPLIER) >> (64 - HASH_BITS)) & (2**HASH_BITS - 1)
+    return ((hashed % (2**FINGERPRINT_BITS - 1) + 1) * (item > 0)).to(torch.int16)
 
 
 def _different(item: Tensor) -> tuple[Tensor, Tensor]:

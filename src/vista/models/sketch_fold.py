@@ -6,7 +6,7 @@ taken together. Nothing is rounded but products and sums of the decayed numbers,
 that no bit depends on who else is there.
 
 Shape letters: B users, G segments, S events in a segment, J levels, n rows: keys that segments of one step have,
-W slots of a bucket, F half-lives.
+W slots of a bucket, F half-lives, N predecessors kept.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from vista.models.sketch import Level, Sketch
 
 KEY, COUNT, PLACE, SECOND = range(4)  # columns of an entry
+UNKNOWN = -1  # to a segment by itself, the predecessor of its first event
 DECAY_BITS = 12  # of one table; two of them and whole half-lives: ages in steps of 2^-24 half-lives
 MAX_HALVINGS = 149  # 2^-149 is the smallest float32
 NEWEST = 2**31 - 1  # the place of what must not make room
@@ -35,20 +36,21 @@ class Rows:
     """The keys of segments at one level, in the order of steps, users and places.
 
     user (n,) int64; entry (n, 4) int32, places counted within the segment; decayed (n, F); slot (n,) int64: the first
-    of the key's bucket; step_start (steps + 1,): the rows of each step.
+    of the key's bucket; preceding (n, N) int16, of items alone; step_start (steps + 1,): the rows of each step.
     """
 
     user: np.ndarray
     entry: np.ndarray
     decayed: np.ndarray
     slot: np.ndarray
+    preceding: np.ndarray
     step_start: np.ndarray
 
     def of_step(self, step: int) -> Rows:
         """Those of one step, copied where the fold changes them."""
         some = slice(self.step_start[step], self.step_start[step + 1])
-        entry, decayed = self.entry[some].copy(), self.decayed[some].copy()
-        return Rows(self.user[some], entry, decayed, self.slot[some], self.step_start)
+        entry, decayed, preceding = (rows[some].copy() for rows in (self.entry, self.decayed, self.preceding))
+        return Rows(self.user[some], entry, decayed, self.slot[some], preceding, self.step_start)
 
 
 class SketchFold:
@@ -57,8 +59,10 @@ class SketchFold:
     def __init__(self, sketch: Sketch, running: Running) -> None:
         self.sketch, self.device = sketch, running[0].device
         self.tables = [t.detach().cpu().numpy().copy() for t in running]
-        self.entries, self.decayed, self.clock, *traced = self.tables
-        self.traces = None if sketch.traces is None else (sketch.traces, traced[0], traced[1])
+        self.entries, self.decayed, self.clock, *others = self.tables
+        self.traces = None if sketch.traces is None else (sketch.traces, others[0], others[1])
+        self.preceding: np.ndarray | None = others[-2] if sketch.num_predecessors else None
+        self.newest: np.ndarray | None = others[-1] if sketch.num_predecessors else None
         self.is_met = np.zeros(self.entries.shape[:2], bool)  # by the segment under way; all False between levels
         self.left_of = [t.cpu().numpy() for t in (sketch.left_whole, sketch.left_coarse, sketch.left_fine)]
         self.steps_per_s = sketch.steps_per_s.cpu().numpy()
@@ -71,14 +75,17 @@ class SketchFold:
         place = np.arange(len(order.user)) if order.place is None else order.place.numpy()
         bounds = np.concatenate([[0], np.cumsum(order.sizes)]).astype(np.int64)
         user = order.user.numpy()[place]
-        entries, decayed, clock = (t.detach().cpu().numpy()[place] for t in parts)
+        entries, decayed, clock, *preceding = (t.detach().cpu().numpy()[place] for t in parts)
         levels = [
-            self._rows(level, user, bounds, entries[:, j], decayed[:, j]) for j, level in enumerate(self.sketch.levels)
+            self._rows(level, user, bounds, entries[:, j], decayed[:, j], preceding[:1] if j == 0 else [])
+            for j, level in enumerate(self.sketch.levels)
         ]
         after = [np.empty((len(place), *t.shape[1:]), t.dtype) for t in self.tables] if keep else []
         for step in range(len(order.sizes)):
             some = slice(bounds[step], bounds[step + 1])
             self._step([rows.of_step(step) for rows in levels], user[some], clock[some])
+            if self.newest is not None:
+                self.newest[user[some]] = preceding[1][some]
             for kept, table in zip(after, self.tables, strict=False):
                 kept[place[some]] = table[user[some]]
         return self._tensors(after), self._tensors(self.tables)
@@ -87,14 +94,24 @@ class SketchFold:
         return tuple(torch.from_numpy(array).to(self.device) for array in arrays)
 
     def _rows(
-        self, level: Level, user: np.ndarray, bounds: np.ndarray, entries: np.ndarray, decayed: np.ndarray
+        self,
+        level: Level,
+        user: np.ndarray,
+        bounds: np.ndarray,
+        entries: np.ndarray,
+        decayed: np.ndarray,
+        preceding: list[np.ndarray],
     ) -> Rows:
-        """Of entries (G, S, 4) and decayed (G, S, F) those with a key; user (G,); bounds of the steps' segments."""
+        """Of entries (G, S, 4), decayed (G, S, F) and, where there are any, preceding (G, S, N) those with a key.
+
+        user (G,); bounds of the steps' segments.
+        """
         segment, at = entries[..., KEY].nonzero()
         entry = entries[segment, at]
         slot = level.bucket(torch.from_numpy(entry[:, KEY].astype(np.int64))).numpy()
         decayed = decayed[segment, at].astype(self.decayed.dtype)
-        return Rows(user[segment], entry, decayed, slot, np.searchsorted(segment, bounds))
+        kept = preceding[0][segment, at] if preceding else np.zeros((len(entry), 0), np.int16)
+        return Rows(user[segment], entry, decayed, slot, kept, np.searchsorted(segment, bounds))
 
     def _step(self, levels: list[Rows], user: np.ndarray, clock: np.ndarray) -> None:
         """One segment of each of some users (U,): clock (U, 2): its events, and the second of the last."""
@@ -137,6 +154,8 @@ class SketchFold:
                 unknown = self._recall(rows, new)
                 self._leave(user[new], np.where(has_room[:, None], held[new, way], entry[new]))
         old, old_decayed = self.entries[user[again], slot[again]], self.decayed[user[again], slot[again]]
+        if self.preceding is not None and level.feature is None:
+            self._precede(rows, again, slot, np.concatenate([again, enters]))
         entry[again, COUNT] += old[:, COUNT]
         decayed[again] += old_decayed * self._left(entry[again, SECOND].astype(np.int64) - old[:, SECOND])
         written = np.concatenate([again, enters])
@@ -157,6 +176,20 @@ class SketchFold:
         is_unknown = np.ones(len(new), bool)
         is_unknown[found] = False
         return user[is_unknown]
+
+    def _precede(self, rows: Rows, again: np.ndarray, slot: np.ndarray, written: np.ndarray) -> None:
+        """Put the predecessors of a step's rows into their slots, before what entries met ``again`` have; rows' counts
+        are still of the segment alone. """  # fmt: skip
+        assert self.preceding is not None
+        assert self.newest is not None
+        user, kept = rows.user, rows.preceding
+        kept = np.where(kept == UNKNOWN, self.newest[user], kept)
+        num_kept = kept.shape[1]
+        num_own = np.minimum(rows.entry[again, COUNT], num_kept)[:, None]
+        both = np.concatenate([kept[again], self.preceding[user[again], slot[again]]], 1)
+        place = np.arange(num_kept)
+        kept[again] = np.take_along_axis(both, np.where(place < num_own, place, num_kept + place - num_own), 1)
+        self.preceding[user[written], slot[written]] = kept[written]
 
     def _leave(self, user: np.ndarray, entry: np.ndarray) -> None:
         """Entries (n, 4) of users (n,) that find or keep no room become traces; free slots, of key 0, do not."""

@@ -216,8 +216,9 @@ class Summarizer(nn.Module):
         if config.has_sketch:
             num_items = len(items.embedding_row)
             self.sketch = Sketch(
-                config.sketch_slots, num_items, items.feature_sizes, config.sketch_traces, config.segment_events
-            )
+                config.sketch_slots, num_items, items.feature_sizes, config.sketch_traces, config.segment_events,
+                config.sketch_predecessors,
+            )  # fmt: skip
         last = config.num_layers - 1
         self.layers = nn.ModuleList(SummarizerLayer(config, i == 0, i == last) for i in range(config.num_layers))
 

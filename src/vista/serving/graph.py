@@ -34,8 +34,7 @@ from torch import Tensor, nn
 from vista.checkpoint import Run
 from vista.errors import CheckpointError, ConfigError, StaleOutput
 from vista.models.inputs import Recent
-from vista.models.memory import Running
-from vista.models.sketch import Sketch
+from vista.models.vista import SequenceModel
 from vista.schema import NUM_CONTEXT_BUCKETS
 
 MOST_USERS, MOST_CANDIDATES = 4096, 65_536  # of one call: bounds that the program checks
@@ -78,10 +77,13 @@ class RankingGraph(nn.Module):
         sketch_clock: Tensor | None = None,
         trace_words: Tensor | None = None,
         trace_marks: Tensor | None = None,
+        sketch_preceding: Tensor | None = None,
+        sketch_newest: Tensor | None = None,
         readout: Tensor | None = None,
     ) -> Tensor:
         recent = Recent(recent_item, recent_action, recent_timestamp_us, recent_gap_us)
-        parts = (sketch_entries, sketch_decayed, sketch_clock, trace_words, trace_marks)
+        counted = (sketch_entries, sketch_decayed, sketch_clock)
+        parts = (*counted, trace_words, trace_marks, sketch_preceding, sketch_newest)
         sketch = tuple(part for part in parts if part is not None)
         counts = None if self.popularity is None else self.popularity[candidates]
         logits = self.model.rank_users(tokens, recent, num_events, at_us, candidates, context, sketch, counts, readout)
@@ -116,7 +118,7 @@ def inputs_of(run: Run) -> list[Input]:
     ]
     if context:
         found.append(Input("context", ("B", "C", len(context)), "float32", "columns in order, NaN where not given"))
-    for part, tensor in sketch_parts(model.init_sketch(1)).items():
+    for part, tensor in sketch_parts(model, 1).items():
         dtype = str(tensor.dtype).removeprefix("torch.")
         found.append(Input(part, ("B", *tensor.shape[1:]), dtype, "the sketch, one row per slot; zeros where free"))
     readout = model.state_readout(model.init_state(1))
@@ -145,14 +147,14 @@ def example(run: Run, users: int, candidates: int, recent: int | None, seed: int
             found[one.name] = 10**15 + torch.randint(1, 10**9, shape, generator=made).cumsum(1)  # type: ignore[arg-type]
         elif one.name == "at_us":
             found[one.name] = torch.full(shape, 2 * 10**15)  # type: ignore[arg-type]
-    parts = sketch_parts(run.sequence_model.init_sketch(users))
+    parts = sketch_parts(run.sequence_model, users)
     return found | {name: tensor.clone() for name, tensor in parts.items()}
 
 
-def sketch_parts(sketch: Running) -> dict[str, Tensor]:
-    """A sketch by the names of the graph's inputs."""
-    names = (*Sketch.names, "trace_words", "trace_marks")
-    return dict(zip(names[: len(sketch)], sketch, strict=True))
+def sketch_parts(model: SequenceModel, users: int) -> dict[str, Tensor]:
+    """Sketches (B, ...) of users without events, by the names of the graph's inputs; nothing without a sketch."""
+    names = () if model.sketch is None else model.sketch.names
+    return dict(zip(names, model.init_sketch(users), strict=True))
 
 
 def export_model(run: Run, out: Path, is_compiled: bool = False) -> Path:

@@ -94,8 +94,8 @@ class Scorer:
         num_events, as_of_us = [0] * len(users), [-1] * len(users)
         for row, (stored, own) in found.items():
             tokens.numpy()[row] = own
-            if sketch:
-                fill_sketch(sketch, row, stored)
+            if self.model.sketch is not None:
+                fill_sketch(self.model.sketch, sketch, row, stored)
             if readout is not None:
                 fill_readout(readout, row, stored)
             fill_recent(recent, row, stored)

@@ -148,9 +148,9 @@ SIZES: dict[str, dict[str, Any]] = {
     "tiny": {
         "model.width": 32, "model.num_heads": 2, "model.num_seeds": 32, "model.segment_events": 32,
         "model.recent_events": 64, "model.ranker_layers": 1, "model.head_width": 32,
-        "model.sketch_slots": 768, "model.sketch_traces": 6656, "model.sketch_predecessors": 4,
+        "model.sketch_slots": 768, "model.sketch_traces": 5248, "model.sketch_predecessors": 4,
     },
-    "small": {"model.sketch_slots": 512, "model.sketch_traces": 4608, "model.sketch_predecessors": 4},
+    "small": {"model.sketch_slots": 512, "model.sketch_traces": 3200, "model.sketch_predecessors": 4},
     "base": {
         "model.width": 128, "model.num_heads": 4, "model.num_seeds": 128, "model.segment_events": 128,
         "model.recent_events": 256, "model.num_layers": 2, "model.ranker_layers": 3, "model.head_width": 256,

@@ -14,7 +14,16 @@ from hypothesis import strategies as st
 
 from vista.catalogue import Catalogue
 from vista.data import counts
-from vista.data.counts import HALF_LIVES_S, NEVER, NEVER_EVENTS, NEVER_S, CountFeatures, count_features, last_met
+from vista.data.counts import (
+    HALF_LIVES_S,
+    NEVER,
+    NEVER_EVENTS,
+    NEVER_S,
+    PRECEDING_NAMES,
+    CountFeatures,
+    count_features,
+    last_met,
+)
 from vista.data.histories import Histories, Impressions
 from vista.data.popularity import NAMES, WINDOWS_S
 from vista.errors import ConfigError
@@ -68,7 +77,9 @@ def world(lengths: list[int], seed: int, max_requests: int = 3) -> tuple[Histori
     )
 
 
-def brute_force(histories: Histories, shown: Impressions, last_events: int | None) -> list[dict[str, float]]:
+def brute_force(
+    histories: Histories, shown: Impressions, last_events: int | None, num_predecessors: int = 0
+) -> list[dict[str, float]]:
     """The definition, event by event, told from timestamps alone (``num_known`` is not read)."""
     out = []
     events = [
@@ -93,8 +104,22 @@ def brute_force(histories: Histories, shown: Impressions, last_events: int | Non
                 of_all = [len(ages), min(ages) / 1e6 if ages else NEVER_S, max(ages, default=0) / 1e6]
                 of_all += [sum(age <= window_s * 1e6 for age in ages) for window_s in WINDOWS_S.values()]
                 values |= {f"{level}_{name}": math.log1p(x) for name, x in zip(NAMES, of_all, strict=True)}
+            if num_predecessors:
+                values |= preceding([item for item, _ in known], int(candidate), num_predecessors)
             out.append(values)
     return out
+
+
+def preceding(items: list[int], candidate: int, num_kept: int) -> dict[str, float]:
+    """How near the items before the newest meetings are among the newest 16 events; the oldest event has none."""
+    places = [place for place, item in enumerate(items) if item == candidate != 0][::-1][:num_kept]
+    worth = []
+    for place in places:
+        before = items[place - 1] if place else candidate
+        ages = [age for age, item in enumerate(items[::-1][:16]) if item == before != candidate]
+        worth.append(max((2 ** (-age / 4) for age in ages), default=0.0))
+    values = [sum(worth) / len(worth), max(worth), worth[0]] if worth else [0.0] * 3
+    return dict(zip(PRECEDING_NAMES, values, strict=True))
 
 
 def one_level(known: list[tuple[int, int]], now: int, candidate: int, level: str, keys: np.ndarray) -> dict[str, float]:
@@ -121,11 +146,14 @@ def one_level(known: list[tuple[int, int]], now: int, candidate: int, level: str
     lengths=st.lists(st.integers(0, 25), min_size=1, max_size=4),
     seed=st.integers(0, 10_000),
     last_events=st.sampled_from([None, 1, 3, 10, 1000]),
+    num_predecessors=st.sampled_from([0, 1, 3]),
 )
-def test_features_equal_brute_force(lengths: list[int], seed: int, last_events: int | None) -> None:
+def test_features_equal_brute_force(
+    lengths: list[int], seed: int, last_events: int | None, num_predecessors: int
+) -> None:
     histories, shown = world(lengths, seed)
-    found = count_features(histories, CATALOGUE, shown, last_events)
-    expected = brute_force(histories, shown, last_events)
+    found = count_features(histories, CATALOGUE, shown, last_events, num_predecessors)
+    expected = brute_force(histories, shown, last_events, num_predecessors)
     assert found.matrix.shape == (shown.num_impressions, len(found.feature_names))
     assert found.matrix.dtype == np.float32
     for row, values in zip(found.matrix, expected, strict=True):
@@ -231,12 +259,12 @@ def replace_item(histories: Histories, shown: Impressions, item: int) -> tuple[H
 
 def test_blocks_do_not_change_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     histories, shown = world([20, 0, 15, 30, 7, 3], seed=11, max_requests=9)
-    whole, distance = count_features(histories, CATALOGUE, shown).matrix, last_met(histories, shown)
+    whole, distance = count_features(histories, CATALOGUE, shown, None, 3).matrix, last_met(histories, shown)
     monkeypatch.setattr(counts, "BLOCK_ROWS", 25)
     blocks = list(counts.request_blocks(histories, shown))
     assert len(blocks) > 2
     assert [first for first, _ in blocks[1:]] == [end for _, end in blocks[:-1]]
-    np.testing.assert_array_equal(count_features(histories, CATALOGUE, shown).matrix, whole)
+    np.testing.assert_array_equal(count_features(histories, CATALOGUE, shown, None, 3).matrix, whole)
     np.testing.assert_array_equal(last_met(histories, shown), distance)
 
 

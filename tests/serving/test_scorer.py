@@ -322,20 +322,23 @@ def test_popularity_comes_from_the_runs_table(store, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("size", "slots", "traces"),
-    [("tiny", 1664, 0), ("tiny", 768, 6656), ("tiny", 512, 8704), ("small", 1024, 0), ("small", 640, 3296)],
-)
-def test_a_full_sketch_keeps_a_state_below_64_kilobytes(size, slots, traces):
+    ("size", "slots", "traces", "predecessors"),
+    [("tiny", 1664, 0, 0), ("tiny", 768, 5248, 4), ("tiny", 512, 8704, 0), ("small", 1024, 0, 0),
+     ("small", 640, 3296, 0), ("small", 512, 3200, 4)],
+)  # fmt: skip
+def test_a_full_sketch_keeps_a_state_below_64_kilobytes(size, slots, traces, predecessors):
     """The sizes that docs/record-format.md names, with one category column, every slot taken and all events held."""
-    chosen = {"model.sketch_slots": slots, "model.sketch_traces": traces, "model.popularity_hours": 0}
-    config = resolve(size, overrides=chosen).model
+    chosen = {"slots": slots, "traces": traces, "predecessors": predecessors}
+    overrides = {f"model.sketch_{name}": number for name, number in chosen.items()}
+    config = resolve(size, overrides=overrides | {"model.popularity_hours": 0}).model
     items = catalogue()
     model = make_model(config, ItemTables.of(items), NUM_ACTIONS, 1, (), 0)
     assert model.sketch is not None
     # more items than slots, as many categories as a level holds
-    sketch = Sketch(slots, slots + 1, (FEATURE_SLOTS,), traces, config.segment_events)
+    sketch = Sketch(slots, slots + 1, (FEATURE_SLOTS,), traces, config.segment_events, predecessors)
+    model.summarizer.sketch = sketch
     state = model.extend(model.init_state(1), histories([config.recent_events + 7]))
     full = tuple(torch.ones_like(part) for part in sketch.initial(1))
     state = replace(state, memory=(*state.memory[:-1], (full,)))
     stored = {record.kind: encode(record) for record in to_records(model, state, [1234567], VERSION)}
-    assert 32 * (slots + FEATURE_SLOTS) + 4 * traces < len(stored["state"]) <= 65_536
+    assert 32 * (slots + FEATURE_SLOTS) + 4 * traces + 2 * slots * predecessors < len(stored["state"]) <= 65_536

@@ -99,7 +99,8 @@ def test_any_numbers_of_users_candidates_and_events(exported):
 @pytest.mark.parametrize(
     ("context", "changes"),
     [((), {}), (CONTEXT, {"sketch_slots": 8}), ((), {"sketch_slots": 64}),
-     ((), {"sketch_slots": 8, "sketch_traces": 16}), ((), {"candidate_memory": "ridge"}),
+     ((), {"sketch_slots": 8, "sketch_traces": 16, "sketch_predecessors": 3}),
+     ((), {"sketch_slots": 8, "sketch_predecessors": 2}), ((), {"candidate_memory": "ridge"}),
      (CONTEXT, {"candidate_memory": "sum", "sketch_slots": 8})],
 )  # fmt: skip
 def test_models_of_all_kinds(tmp_path, context, changes):

@@ -74,7 +74,7 @@ def make_run(memory: str = "slots", attention: str = "qla", **changes: object) -
 
 
 RUNS = {kind: make_run(*kind) for kind in [("sum", "qla"), ("slots", "qla"), ("slots", "softmax")]}
-RUNS["sketch",] = make_run(sketch_slots=8, sketch_traces=16, popularity_hours=0)
+RUNS["sketch",] = make_run(sketch_slots=8, sketch_traces=16, sketch_predecessors=2, popularity_hours=0)
 RUNS["delta", "ridge asked"] = make_run("delta", candidate_memory="ridge", num_layers=1)
 RUN = RUNS["slots", "qla"]
 

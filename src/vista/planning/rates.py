@@ -49,7 +49,7 @@ MEASURED = {
 
 COST_SETTINGS = (
     "attention", "memory", "segment_events", "num_layers", "num_seeds", "width", "num_heads", "sketch_slots",
-    "sketch_traces", "recent_events", "expansion",
+    "sketch_traces", "sketch_predecessors", "recent_events", "expansion",
 )  # fmt: skip
 
 

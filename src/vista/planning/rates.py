@@ -42,9 +42,9 @@ class Rates:
 RATE_NAMES = tuple(f.name for f in fields(Rates))
 
 MEASURED = {
-    "tiny": Rates(3.04, 0.5316, 1.174, 218.5, 1.454, 22.02),
-    "small": Rates(4.011, 1.061, 1.116, 119, 1.171, 26.72),
-    "base": Rates(25.69, 4.911, 2.398, 150.6, 1.021, 75.12),
+    "tiny": Rates(1.875, 0.3228, 0.6647, 96.05, 1.399, 20.64),
+    "small": Rates(2.355, 0.4906, 0.5763, 57.89, 1.166, 17.5),
+    "base": Rates(11.05, 2.112, 1.144, 68.45, 1.02, 26.06),
 }
 
 COST_SETTINGS = (

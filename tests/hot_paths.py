@@ -3,8 +3,8 @@
     python -m tests.hot_paths        counts anew and writes tests/hot_paths.json
 
 Of each path: `calls`, operators that do something (views do not); `flops`, of matrix products; `bytes`, of all tensors
-that operators read and write; `copied`, those of operators that only move numbers. For reading a store in batches,
-numpy's work: the calls, and the most memory at once.
+that operators read and write; `copied`, those of operators that only move numbers. For the sketch, and for
+reading a store in batches, numpy's work: the calls, and the most memory at once.
 """
 
 from __future__ import annotations
@@ -95,10 +95,10 @@ def count_python(call: Callable[[], object]) -> Counts:
     return {"calls": calls, "bytes": most}
 
 
-def model_of(memory: str) -> SequenceModel:
+def model_of(memory: str, has_sketch: bool = False) -> SequenceModel:
     torch.manual_seed(0)
-    overrides = {"model.memory": memory, "model.num_layers": 2, "model.sketch_slots": 0}
-    config = resolve("small", overrides=overrides)
+    overrides = {"model.memory": memory, "model.num_layers": 2}
+    config = resolve("small", overrides=overrides if has_sketch else overrides | {"model.sketch_slots": 0})
     model: Any = make_model(config.model, ItemTables.of(catalogue()), NUM_ACTIONS, 1, (), 0)
     return model.eval()
 
@@ -106,13 +106,17 @@ def model_of(memory: str) -> SequenceModel:
 @torch.no_grad()
 def reading_paths() -> dict[str, Counts]:
     found = {}
-    for memory in ("slots", "sum"):
-        model = model_of(memory)
-        whole = histories([4_096, 1_000, 1_000])
-        found[f"bulk fold, {memory}"] = count(lambda m=model, e=whole: m.extend(m.init_state(3), e))
+    lengths, new = [4_096, 1_000, 1_000], 70
+    events = histories([n + new for n in lengths])
+    whole, then = slice_users(events, [0] * 3, lengths), slice_users(events, lengths, [n + new for n in lengths])
+    for name, model, counted in (
+        ("sketch", model_of("slots", has_sketch=True), count_python),
+        ("slots", model_of("slots"), count),
+        ("sum", model_of("sum"), count),
+    ):
+        found[f"bulk fold, {name}"] = counted(lambda m=model: m.extend(m.init_state(3), whole))
         state = model.extend(model.init_state(3), whole)
-        one = slice_users(histories([130] * 3), [0] * 3, [70] * 3)
-        found[f"incremental extend, {memory}"] = count(lambda m=model, s=state, e=one: m.state_tokens(m.extend(s, e)))
+        found[f"incremental extend, {name}"] = counted(lambda m=model, s=state: m.state_tokens(m.extend(s, then)))
     tokens, item = model.state_tokens(state), torch.arange(5, 45).repeat(3, 5)
     progress = state.progress
     now = progress.last_us + 1

@@ -10,6 +10,7 @@ The definition is `Summarizer.fold`, which training runs; here the same sums are
   memory takes in a tile at once.
 - *Products in another order.* phi(Q) M W_o is phi(Q) (M W_o): the product in brackets is small, and what is left is one
   dense product that adds to the rows.
+- *Every product writes D columns*, into rows of their own: what is written is still in the cache when it is read again.
 - *Sums in float64 within a call*: one addition per tile, in place of a compensated one per segment, and no less exact.
 
 Shape letters: B users, U users and n segments of each in a tile, G = U n, S events in a segment, R = G S rows of a
@@ -29,7 +30,7 @@ from torch.nn.functional import embedding_bag, scaled_dot_product_attention, sil
 from vista.models.batch import LayerMemory, flatten, unflatten
 from vista.models.embeddings import EventEmbedding
 from vista.models.inputs import Events
-from vista.models.layers import join_heads
+from vista.models.layers import GatedUnit, join_heads
 from vista.models.memory import Running, SlotsMemory, SumMemory
 from vista.ops.qla import narrowed, rms_norm, widened
 from vista.ops.slots import fold_into_slots
@@ -139,16 +140,22 @@ class LayerFold:
         self.layer, self.mixer = layer, layer.mixer
         self.before = [tuple(running) for running in memory]
         self.wide = [_widened(running) for running in memory]
-        projections = [layer.key, layer.value] + ([layer.query] if layer.mixes_events and layer.query else [])
-        self.into = torch.cat([linear.weight for linear in projections]).t()  # (D, 2 D or 3 D)
+        projections = {"k": layer.key, "v": layer.value}
+        if layer.mixes_events and layer.query:
+            projections["q"] = layer.query
+        self.into = {name: linear.weight.t().contiguous() for name, linear in projections.items()}  # (D, D) each
         self.out = layer.out.weight.t().unflatten(0, (self.num_heads, -1)).contiguous()  # (H, E, D)
+        self.unit = _unit_parts(layer.unit) if layer.mixes_events else []
         self.buffers = buffers
 
     def __call__(self, x: Tensor, tile: Tile) -> None:
         """Rows x (R, D) of a tile: taken into the memories, and changed in place to what the next layer reads."""
         num_users = len(tile.users)
-        projected = torch.mm(self._normed(x), self.into, out=self.buffers.take("projected", len(x), self.into.shape[1]))
-        k, v, *q = (t.unflatten(0, (num_users, -1)) for t in projected.split(self.width, -1))  # (U, n S, D) each
+        normed = self._normed(x)
+        k, v, *q = (
+            torch.mm(normed, weight, out=self.buffers.take(name, len(x), self.width)).unflatten(0, (num_users, -1))
+            for name, weight in self.into.items()
+        )  # (U, n S, D) each
         for wide, memory in zip(self.wide, self.layer.memories, strict=True):
             mine = [t[tile.users] for t in wide] if num_users > 1 else [t.narrow(0, int(tile.users), 1) for t in wide]
             if isinstance(memory, SlotsMemory):
@@ -172,16 +179,18 @@ class LayerFold:
 
     def _mix(self, x: Tensor, k: Tensor, v: Tensor, q: Tensor, total: Tensor, num_segments: int) -> None:
         """x += phi(Q) phi(norm(M)) W_o with M after each segment; total (U, H, E, E) is M, brought up to the last."""
-        phi_k = silu(k, inplace=True)  # nobody reads k any more: the reader stands before the mixer
-        heads = range(self.num_heads)
-        by_segment = [t.unflatten(1, (num_segments, self.size)).flatten(0, 1).unflatten(-1, (self.num_heads, -1))
-                      for t in (phi_k, v)]  # fmt: skip
-        z = torch.stack([by_segment[0][:, :, h].transpose(1, 2) @ by_segment[1][:, :, h] for h in heads], 1)
-        z = z.unflatten(0, (-1, num_segments)).to(_carried(z)).cumsum(1)  # (U, n, H, E, E)
-        after = total.to(z.dtype)[:, None] + z
-        total += z[:, -1]
-        read = silu(rms_norm(after), inplace=True).to(x.dtype).flatten(0, 1) @ self.out  # (G, H, E, D)
-        phi_q = silu(q, inplace=True).unflatten(1, (num_segments, self.size)).flatten(0, 1)
+        shape = (-1, self.size, self.num_heads, total.shape[-1])
+        phi_k, v = silu(k, inplace=True).view(shape), v.view(shape)  # nobody reads k any more: the reader went before
+        z = x.new_empty(self.num_heads, len(v), *total.shape[-2:])  # (H, G, E, E)
+        for head, of_head in enumerate(z):
+            torch.bmm(phi_k[:, :, head].transpose(1, 2), v[:, :, head], out=of_head)
+        after = z.unflatten(1, (-1, num_segments)).to(_carried(z)).cumsum(2).transpose(0, 1)  # (U, H, n, E, E)
+        last = after[:, :, -1].clone()
+        after += total.to(after.dtype)[:, :, None]
+        total += last
+        factor = silu(rms_norm(after), inplace=True).to(x.dtype).transpose(0, 1).flatten(1, 3)  # (H, G E, E)
+        read = (factor @ self.out).unflatten(1, (-1, total.shape[-2])).transpose(0, 1)  # (G, H, E, D)
+        phi_q = silu(q, inplace=True).view(-1, self.size, self.width)
         x.unflatten(0, (-1, self.size)).baddbmm_(phi_q, read.flatten(1, 2))
 
     def _attend(self, x: Tensor, k: Tensor, v: Tensor, q: Tensor) -> None:
@@ -190,12 +199,11 @@ class LayerFold:
         x.addmm_(join_heads(scaled_dot_product_attention(q, k, v)).flatten(0, 1), self.out.flatten(0, 1))
 
     def _add_unit(self, x: Tensor) -> None:
-        unit = self.layer.unit
-        weight = unit.value_and_gate.weight.t()
-        both = torch.mm(self._normed(x), weight, out=self.buffers.take("both", len(x), weight.shape[1]))
-        value, gate = both.chunk(2, -1)
-        product = torch.mul(value, gate, out=self.buffers.take("product", len(x), value.shape[1]))
-        x.addmm_(product, unit.out.weight.t())
+        normed = self._normed(x)
+        value, gate = (self.buffers.take(name, len(x), self.width) for name in ("value", "gate"))
+        for to_value, to_gate, out in self.unit:
+            torch.mm(normed, to_value, out=value)
+            x.addmm_(value.mul_(torch.mm(normed, to_gate, out=gate)), out)
 
     def _normed(self, x: Tensor) -> Tensor:
         """What `layers.norm` gives, which makes a tensor of squares on the way."""
@@ -208,6 +216,14 @@ class LayerFold:
     def _heads(self, x: Tensor) -> Tensor:
         """(U, rows, D) to (U, H, rows, E)."""
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+
+def _unit_parts(unit: GatedUnit) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """The gated unit as a sum of narrower ones, D columns each: weights (D, D) of value, gate and output."""
+    size = unit.out.weight.shape[0]
+    value, gate = (half.split(size) for half in unit.value_and_gate.weight.chunk(2))
+    out = unit.out.weight.split(size, 1)
+    return [tuple(w.t().contiguous() for w in part) for part in zip(value, gate, out, strict=True)]
 
 
 def _carried(x: Tensor) -> torch.dtype:

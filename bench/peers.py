@@ -8,11 +8,15 @@ is left out with a line; its package is named there. Pairs: ours and the peer al
 is shown. A peer's longest length is where one call took more than ``--budget`` seconds: it goes no further, and the
 ratio beyond is the one that its last two lengths promise, marked with ~.
 
-    softmax    torch's causal scaled_dot_product_attention between the projections of a layer
+    softmax    torch's causal scaled_dot_product_attention
     hstu       `vista.models.baselines.hstu`, attention over the whole history (its reach is the length)
     meta-hstu  the authors' SequentialTransductionUnitJagged, from a checkout of generative-recommenders (--hstu-path)
-    performer, linear-transformer, mamba    their packages' layers, causal; without a gated unit, which ours has
+    performer, linear-transformer    their packages' causal attention
     fla        flash-linear-attention's reference of chunked linear attention in torch
+    mamba      the block of transformers
+
+Attention alone (softmax, performer, linear-transformer, fla) gets the norms and the gated unit of our layer; hstu and
+mamba are blocks with gates of their own.
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,20 +75,28 @@ class Ours:
         return rows.flatten(0, 1)
 
 
-class Softmax(nn.Module):
-    """A layer with causal softmax attention: projections, attention, gated unit, as ours has them."""
+class Layer(nn.Module):
+    """A peer's attention where ours stands: x + attention(norm(x)), then the gated unit that ours has."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, attention: Call) -> None:
         super().__init__()
-        self.heads = heads
-        self.query, self.key, self.value, self.out = (aligned(width) for _ in range(4))
-        self.unit = GatedUnit(width, 2)
+        self.attention, self.unit = attention, GatedUnit(width, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = norm(x)[None]
-        q, k, v = (split_heads(p(h), self.heads) for p in (self.query, self.key, self.value))
-        x = x + self.out(join_heads(scaled_dot_product_attention(q, k, v, is_causal=True)))[0]
-        return x + self.unit(norm(x))
+        return self.unit.added(x + self.attention(norm(x)))
+
+
+class Projected(nn.Module):
+    """Attention of heads (1, H, N, E) between projections."""
+
+    def __init__(self, width: int, heads: int, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.heads, self.attend = heads, attend
+        self.query, self.key, self.value, self.out = (aligned(width) for _ in range(4))
+
+    def forward(self, h: Tensor) -> Tensor:
+        q, k, v = (split_heads(p(h)[None], self.heads) for p in (self.query, self.key, self.value))
+        return self.out(join_heads(self.attend(q, k, v)))[0]
 
 
 def ours(memory: str) -> Callable[[argparse.Namespace, int], Call]:
@@ -91,7 +104,8 @@ def ours(memory: str) -> Callable[[argparse.Namespace, int], Call]:
 
 
 def softmax(arguments: argparse.Namespace, events: int) -> Call:
-    return Softmax(arguments.width, arguments.heads)
+    attend = partial(scaled_dot_product_attention, is_causal=True)
+    return Layer(arguments.width, Projected(arguments.width, arguments.heads, attend))
 
 
 def hstu(arguments: argparse.Namespace, events: int) -> Call:
@@ -120,33 +134,30 @@ def performer(arguments: argparse.Namespace, events: int) -> Call:
     found = importlib.import_module("performer_pytorch")
     head = arguments.width // arguments.heads
     layer = found.SelfAttention(dim=arguments.width, heads=arguments.heads, dim_head=head, causal=True)
-    return lambda x: layer(x[None])[0]
+    return Layer(arguments.width, lambda h: layer(h[None])[0])
 
 
 def linear_transformer(arguments: argparse.Namespace, events: int) -> Call:
     found = importlib.import_module("linear_attention_transformer.linear_attention_transformer")
     layer = found.SelfAttention(arguments.width, arguments.heads, causal=True, blindspot_size=64)
-    return lambda x: layer(x[None])[0]
+    return Layer(arguments.width, lambda h: layer(h[None])[0])
 
 
 def mamba(arguments: argparse.Namespace, events: int) -> Call:
     found = importlib.import_module("transformers.models.mamba.modeling_mamba")
     config = found.MambaConfig(hidden_size=arguments.width, num_hidden_layers=1, use_cache=False)
     layer = found.MambaMixer(config, layer_idx=0)
-    return lambda x: layer.slow_forward(x[None])[0]
+    return lambda x: layer(x[None])[0]
 
 
 def fla(arguments: argparse.Namespace, events: int) -> Call:
-    attend = importlib.import_module("fla.ops.linear_attn.naive").naive_chunk_linear_attn
-    layer = Softmax(arguments.width, arguments.heads)
+    naive = importlib.import_module("fla.ops.linear_attn.naive").naive_chunk_linear_attn
+    by_event = (1, 2)  # it has heads (1, N, H, E)
 
-    def call(x: Tensor) -> Tensor:
-        h = norm(x)[None]
-        q, k, v = (p(h).unflatten(-1, (arguments.heads, -1)) for p in (layer.query, layer.key, layer.value))
-        x = x + layer.out(attend(q, k, v, normalize=False).flatten(-2))[0]
-        return x + layer.unit(norm(x))
+    def attend(*heads: Tensor) -> Tensor:
+        return naive(*(t.transpose(*by_event) for t in heads), normalize=False).transpose(*by_event)
 
-    return call
+    return Layer(arguments.width, Projected(arguments.width, arguments.heads, attend))
 
 
 PEERS: dict[str, Callable[[argparse.Namespace, int], Call]] = {

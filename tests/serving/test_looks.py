@@ -126,6 +126,19 @@ def test_counts_are_those_of_the_whole_history():
     assert np.abs(found.without["counts"] - found.probability).max() > 1e-4
 
 
+def test_what_came_right_before_the_last_meetings_is_that_of_the_whole_history():
+    events = histories(LENGTHS)
+    run = make_run(sketch_slots=64, sketch_predecessors=3)
+    mine = events.item[: LENGTHS[0]].tolist()
+    index = np.unique(mine)
+    found = explain(model_of(run), model_of(run).scorer.read(["anna"]), Asked(index, AT_US), False).meetings_after
+    for candidate, meetings in zip(index.tolist(), found, strict=True):
+        places = [place for place, item in enumerate(mine) if item == candidate][-3:]
+        before = [mine[place - 1] for place in places if place and mine[place - 1] != candidate]
+        assert meetings.tolist() == [before.count(item) for item in mine[-16:]]
+    assert found.sum() > 10
+
+
 def model_of(run: Any) -> Any:
     """A model as the server holds it, around a store in memory."""
     store = Held({(r.kind, r.user_key): encode(r, "float32") for r in records(run)})

@@ -294,15 +294,34 @@ class Sketch(nn.Module):
         preceding (Q, C, N); met (Q, C): how many meetings there were. An event is worth 2^(-its age / half-life), the
         newest 1; one of the candidate itself nothing. The mean over the newest N meetings, the largest, the newest.
         """
-        recent = fingerprints(requests.recent_item[:, -PRECEDING_EVENTS:].flip(1))
-        near = self.near[: recent.shape[1]].to(met.dtype)
-        own = fingerprints(requests.candidate)[..., None]
-        is_same = (preceding[..., None] == recent[:, None, None]) & ((preceding > 0) & (preceding != own))[..., None]
-        worth = (is_same * near).amax(-1) if recent.shape[1] else preceding * near.new_zeros(())
+        is_same = self._stands_before(preceding, requests)
+        near = self.near[: is_same.shape[-1]].to(met.dtype)
+        worth = (is_same * near).amax(-1) if len(near) else preceding * near.new_zeros(())
         each = worth.unbind(-1)
         total = sum(each[1:], each[0])  # in this order, whatever the shape
         mean = total / met.clamp(1, self.num_predecessors)
         return torch.stack([mean, worth.amax(-1), each[0]], -1)
+
+    def _stands_before(self, preceding: Tensor, requests: Requests) -> Tensor:
+        """Whether one of the newest events is of an item that preceded: (Q, C, N, at most PRECEDING_EVENTS).
+
+        preceding (Q, C, N) fingerprints. Events newest first; one of the candidate itself does not count.
+        """
+        recent = fingerprints(requests.recent_item[:, -PRECEDING_EVENTS:].flip(1))
+        own = fingerprints(requests.candidate)[..., None]
+        return (preceding[..., None] == recent[:, None, None]) & ((preceding > 0) & (preceding != own))[..., None]
+
+    def meetings_after(self, running: Running, requests: Requests) -> Tensor:
+        """How many of the newest N meetings with each candidate came right after the item of each recent event.
+
+        (Q, C, R) int64; what `read` looks at: 0 of events older than the newest PRECEDING_EVENTS.
+        """
+        found = requests.recent_item.new_zeros(*requests.candidate.shape, requests.recent_item.shape[1])
+        if self.num_predecessors:
+            is_later = _is_later(requests, running[2][requests.summary, 0])
+            number = self._stands_before(self._preceding(running, requests, is_later), requests).sum(2)
+            found[..., found.shape[-1] - number.shape[-1] :] = number.flip(-1)
+        return found
 
     def items(self, running: Running) -> Tensor:
         """The items that the sketch of one user, running (...), has an entry or a trace of."""
@@ -342,9 +361,7 @@ class _Later:
 
     @classmethod
     def of(cls, requests: Requests, num_summarized: Tensor, value: Tensor) -> _Later:
-        size = requests.recent_item.shape[1]
-        place = requests.num_known[:, None] - size + torch.arange(size, device=value.device)
-        is_later = (place >= num_summarized[:, None]) & (requests.recent_item > 0)
+        is_later, place = _is_later(requests, num_summarized), _places(requests)
         met = torch.stack([place.int() + 1, _seconds(requests.recent_us)], -1)
         return cls(is_later, value * is_later[..., None], met)
 
@@ -360,6 +377,17 @@ class _Later:
         )
         newest = met.gather(1, newest.long()[..., None].expand(-1, -1, 2))
         return is_same.to(self.value.dtype) @ self.value, newest
+
+
+def _places(requests: Requests) -> Tensor:
+    """Places of the recent events in the history, counted from 0, (Q, R)."""
+    size = requests.recent_item.shape[1]
+    return requests.num_known[:, None] - size + torch.arange(size, device=requests.num_known.device)
+
+
+def _is_later(requests: Requests, num_summarized: Tensor) -> Tensor:
+    """Whether a recent event is one that the request's summary does not have, (Q, R)."""
+    return (_places(requests) >= num_summarized[:, None]) & (requests.recent_item > 0)
 
 
 def fingerprints(item: Tensor) -> Tensor:

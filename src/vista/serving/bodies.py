@@ -208,6 +208,9 @@ def _looked() -> dict[str, Schema]:
         attention=attention,
         scores_without={"type": "object", "additionalProperties": SCORES},
         counted=many(counted, "What exact counts say, where the model has a sketch."),
+        meetings_after=many(
+            COUNT, "As recent_events: how many of the newest meetings came right after that event's item."
+        ),
     )
     token = obj(
         traced=said(SHARE, "How much of the token its known events wrote."),

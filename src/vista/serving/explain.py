@@ -41,6 +41,7 @@ class Explanation:
     """probability (C, T); on_tokens (C, K), on_recent (C, R), on_itself (C,): weights that add up to 1 per candidate.
 
     without: probability (C, T) by the name of the source that is left out; only sources the model has.
+    meetings_after: (C, R), how many of the newest meetings with a candidate came right after that event's item.
     """
 
     model: Model
@@ -51,6 +52,7 @@ class Explanation:
     on_itself: np.ndarray
     without: dict[str, np.ndarray]
     counted: list[Counted]
+    meetings_after: np.ndarray
     is_known_item: np.ndarray
     is_degraded: bool
 
@@ -68,7 +70,8 @@ def explain(model: Model, summaries: UserSummaries, asked: Asked, is_degraded: b
     return Explanation(
         model, summaries, probability, weight[:, :number], weight[:, number:-1], weight[:, -1],
         {name: model.scorer.score(other, [asked])[0] for name, other in _without(model, summaries).items()},
-        _counted(model, summaries, requests), asked.index >= model.run.catalogue.first_item, is_degraded,
+        _counted(model, summaries, requests), _meetings_after(model, summaries, requests),
+        asked.index >= model.run.catalogue.first_item, is_degraded,
     )  # fmt: skip
 
 
@@ -102,3 +105,10 @@ def _counted(model: Model, summaries: UserSummaries, requests: Requests) -> list
         feature = None if level.feature is None else names[level.feature]
         found.append(Counted(feature, np.where(is_met, events, 0), events_since, seconds_since))
     return found
+
+
+def _meetings_after(model: Model, summaries: UserSummaries, requests: Requests) -> np.ndarray:
+    sketch = model.scorer.model.sketch
+    if sketch is None:
+        return np.zeros((requests.candidate.shape[1], requests.recent_item.shape[1]), np.int64)
+    return sketch.meetings_after(summaries.sketch, requests)[0].numpy()

@@ -53,6 +53,7 @@ def explained(found: Explanation, ask: RankAsk) -> dict[str, Any]:
                 },
                 "scores_without": {name: _scores(tasks, other[place]) for name, other in found.without.items()},
                 "counted": [_counted(one, place) for one in found.counted],
+                "meetings_after": found.meetings_after[place][held].tolist(),
             }
             for place in np.argsort(-found.probability[:, 0], kind="stable").tolist()
         ],

@@ -23,6 +23,8 @@ export function whyView(one, found, tokens) {
     part("Where the ranker looked", attentionSplit(attention)),
     part("The score without each source", withoutTable(one, found.tasks[0])),
     one.counted.length ? part("Exact counts", countedList(one.counted)) : null,
+    one.meetings_after.some((meetings) => meetings > 0)
+      ? part("What came right before it, the last times", precedingList(one.meetings_after, found.recent_events)) : null,
     part("Recent events it looked at most", recentList(attention.recent_events, found.recent_events)),
     attention.tokens.length && tokens
       ? part("Summary tokens it looked at most, and who wrote them", tokenPart(attention.tokens, tokens)) : null,
@@ -56,6 +58,14 @@ function countedList(counted) {
     el("span", {}, one.feature === null ? "this item" : `same ${one.feature}`),
     el("span", { class: "tag" }, one.events ? `${duration(one.seconds_since)} and ${count(one.events_since)} events ago` : ""),
     el("span", { class: "num" }, one.events ? `${count(one.events)} ×` : "never"))));
+}
+
+function precedingList(meetings, events) {
+  const ofItem = new Map(); // an item may stand among the recent events several times: the newest, the first, speaks for all
+  events.forEach((event, place) => { if (meetings[place] && !ofItem.has(event.item)) ofItem.set(event.item, [event, meetings[place]]); });
+  return el("ul", { class: "shares" }, [...ofItem.values()].sort((a, b) => b[1] - a[1]).slice(0, NUM_SHOWN).map(([event, number]) => el("li", {},
+    el("span", {}, itemName(event), el("span", { class: "tag" }, " · among the newest events")),
+    el("span", { class: "tag word", title: `${moment(event.at)} UTC` }, day(event.at)), el("span", { class: "num" }, `${count(number)} ×`))));
 }
 
 function recentList(weights, events) {

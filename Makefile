@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed.stamp
 TORCH_RANGE = $(shell sed -n 's/^ *"torch\(.*\)",$$/\1/p' pyproject.toml)
 
-.PHONY: demo test test-slow check format bench docs clean help
+.PHONY: demo test test-slow check format bench benchmark docs clean help
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -43,6 +43,12 @@ docs: $(STAMP) ## make docs/cli.md anew from the commands
 
 bench: $(STAMP) ## every script of bench/, in its small setting
 	@set -e; for script in bench/*.py; do echo "== $$script"; $(BIN)/python $$script; done
+
+benchmark: $(STAMP) ## what docs/benchmark.md says, anew, below ./benchmark: MACPORTS=a clone of macports-ports; hours
+	@test -n "$(MACPORTS)" || { echo "where is the log? MACPORTS=FOLDER: a clone of macports-ports, or a converted copy" >&2; exit 2; }
+	$(BIN)/vista benchmark lifelong --config configs/benchmark/macports.toml --from "$(MACPORTS)" --out benchmark/macports
+	$(BIN)/vista benchmark lifelong --config configs/benchmark/remembering.toml --out benchmark/remembering
+	$(BIN)/vista benchmark lifelong --config configs/benchmark/many-things.toml --out benchmark/many-things
 
 clean: ## remove what tests, builds and the demo left; .venv stays
 	rm -rf build dist demo runs .pytest_cache .ruff_cache .mypy_cache .hypothesis src/*.egg-info

@@ -94,15 +94,27 @@ def test_any_numbers_of_users_candidates_and_events(exported):
     check_sizes(exported[0], exported[1] / "model.pt2")
 
 
-@pytest.mark.slow
+ALL_OF_A_SKETCH = {"sketch_slots": 8, "sketch_traces": 16, "sketch_predecessors": 3}  # as every size has it
+
+
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize(
     ("context", "changes"),
-    [((), {}), (CONTEXT, {"sketch_slots": 8}), ((), {"sketch_slots": 64}),
-     ((), {"sketch_slots": 8, "sketch_traces": 16, "sketch_predecessors": 3}),
-     ((), {"sketch_slots": 8, "sketch_predecessors": 2}), ((), {"candidate_memory": "ridge"}),
-     (CONTEXT, {"candidate_memory": "sum", "sketch_slots": 8})],
-)  # fmt: skip
+    [
+        ((), ALL_OF_A_SKETCH),
+        *(
+            pytest.param(*kind, marks=pytest.mark.slow)
+            for kind in (
+                ((), {}),
+                (CONTEXT, {"sketch_slots": 8}),
+                ((), {"sketch_slots": 64}),
+                ((), {"sketch_slots": 8, "sketch_predecessors": 2}),
+                ((), {"candidate_memory": "ridge"}),
+                (CONTEXT, {"candidate_memory": "sum", "sketch_slots": 8}),
+            )
+        ),
+    ],
+)
 def test_models_of_all_kinds(tmp_path, context, changes):
     run = make_run(context, **changes)
     check_sizes(run, export_model(run, tmp_path / "model"))

@@ -277,12 +277,12 @@ class Sketch(nn.Module):
         slot, is_met = self._slot(self.levels[0], running[0], requests.summary, candidate)
         stored = stored.flatten(0, 1)[requests.summary[:, None] * stored.shape[1] + slot] * is_met
         is_first = is_later & (is_later.cumsum(1) == 1)  # its predecessor is the newest event that the summary has
-        before = torch.cat([torch.zeros_like(item[:, :1]), item[:, :-1]], 1)
-        before = torch.where(is_first, newest[requests.summary], fingerprints(before))
+        before = fingerprints(nn.functional.pad(item, (2, 0))[:, :-1])  # (Q, 1 + R): first none, then of each event
+        before = torch.where(nn.functional.pad(is_first, (1, 0)), newest[requests.summary], before)
         is_same = (candidate[:, :, None] == item.masked_fill(~is_later, -1)[:, None]) & (candidate > 0)[..., None]
         place = torch.arange(1, item.shape[1] + 1, device=item.device)
         place = nn.functional.pad(is_same * place, (num_kept, 0)).topk(num_kept).values  # newest first; 0: none
-        before = nn.functional.pad(before, (1, 0))[:, None].expand(-1, candidate.shape[1], -1)
+        before = before[:, None].expand(-1, candidate.shape[1], -1)
         num_later = (place > 0).sum(-1, keepdim=True)
         own = torch.arange(num_kept, device=item.device)
         kept = torch.where(own < num_later, own, num_kept + own - num_later)
@@ -295,19 +295,19 @@ class Sketch(nn.Module):
         newest 1; one of the candidate itself nothing. The mean over the newest N meetings, the largest, the newest.
         """
         is_same = self._stands_before(preceding, requests)
-        near = self.near[: is_same.shape[-1]].to(met.dtype)
-        worth = (is_same * near).amax(-1) if len(near) else preceding * near.new_zeros(())
+        worth = (is_same * self.near.to(met.dtype)).amax(-1)
         each = worth.unbind(-1)
         total = sum(each[1:], each[0])  # in this order, whatever the shape
         mean = total / met.clamp(1, self.num_predecessors)
         return torch.stack([mean, worth.amax(-1), each[0]], -1)
 
     def _stands_before(self, preceding: Tensor, requests: Requests) -> Tensor:
-        """Whether one of the newest events is of an item that preceded: (Q, C, N, at most PRECEDING_EVENTS).
+        """Whether one of the newest events is of an item that preceded: (Q, C, N, PRECEDING_EVENTS).
 
         preceding (Q, C, N) fingerprints. Events newest first; one of the candidate itself does not count.
         """
-        recent = fingerprints(requests.recent_item[:, -PRECEDING_EVENTS:].flip(1))
+        newest = nn.functional.pad(requests.recent_item, (PRECEDING_EVENTS, 0))[:, -PRECEDING_EVENTS:]
+        recent = fingerprints(newest.flip(1))
         own = fingerprints(requests.candidate)[..., None]
         return (preceding[..., None] == recent[:, None, None]) & ((preceding > 0) & (preceding != own))[..., None]
 
@@ -316,12 +316,9 @@ class Sketch(nn.Module):
 
         (Q, C, R) int64; what `read` looks at: 0 of events older than the newest PRECEDING_EVENTS.
         """
-        found = requests.recent_item.new_zeros(*requests.candidate.shape, requests.recent_item.shape[1])
-        if self.num_predecessors:
-            is_later = _is_later(requests, running[2][requests.summary, 0])
-            number = self._stands_before(self._preceding(running, requests, is_later), requests).sum(2)
-            found[..., found.shape[-1] - number.shape[-1] :] = number.flip(-1)
-        return found
+        is_later = _is_later(requests, running[2][requests.summary, 0])
+        number = self._stands_before(self._preceding(running, requests, is_later), requests).sum(2).flip(-1)
+        return nn.functional.pad(number, (requests.recent_item.shape[1], 0))[..., PRECEDING_EVENTS:]
 
     def items(self, running: Running) -> Tensor:
         """The items that the sketch of one user, running (...), has an entry or a trace of."""

@@ -109,6 +109,6 @@ def _counted(model: Model, summaries: UserSummaries, requests: Requests) -> list
 
 def _meetings_after(model: Model, summaries: UserSummaries, requests: Requests) -> np.ndarray:
     sketch = model.scorer.model.sketch
-    if sketch is None:
+    if sketch is None or not sketch.num_predecessors:
         return np.zeros((requests.candidate.shape[1], requests.recent_item.shape[1]), np.int64)
     return sketch.meetings_after(summaries.sketch, requests)[0].numpy()

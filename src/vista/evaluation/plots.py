@@ -33,6 +33,8 @@ SQUARE_INCHES = (4.4, 4.0)
 LEAST_PROBABILITY_SHOWN = 1e-5
 CALIBRATION_POINTS = 12  # of all runs of a model together: more would show noise
 DPI = 120
+LETTER_IN, HANDLE_IN = 0.075, 0.6  # of a legend at nine points: a letter, and a marker with the space around it
+MOST_LEGEND_COLUMNS = 6
 SLICE_METRICS = (("ne", "NE (lower is better)"), ("auc", "AUC (higher is better)"))
 ORDERED_SLICES = ("history length", "distance", "positive distance")  # their buckets lie on a scale: joined by lines
 SLICE_AXES = {
@@ -199,5 +201,7 @@ def finish(figure: Figure, axes: list[list[Axes]]) -> Figure:
         ax.yaxis.label.set_fontsize(8.5)
     handles, labels = axes[0][0].get_legend_handles_labels()
     if labels:
-        figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 6), frameon=False, fontsize=9)
+        widest_in = LETTER_IN * max(map(len, labels)) + HANDLE_IN
+        columns = max(1, min(len(labels), MOST_LEGEND_COLUMNS, int(figure.get_figwidth() / widest_in)))
+        figure.legend(handles, labels, loc="outside upper center", ncols=columns, frameon=False, fontsize=9)
     return figure

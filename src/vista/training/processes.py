@@ -146,9 +146,7 @@ class Processes:
             rows, values = gradient.indices()[0], gradient.values()
         lengths = [int(n) for n in self.sum([len(rows) * (rank == self.rank) for rank in range(self.number)])]
         rows, values = self._gather(rows, lengths), self._gather(values, lengths)
-        table.grad = (
-            torch.sparse_coo_tensor(rows[None], values, table.shape, check_invariants=False) if len(rows) else None
-        )
+        table.grad = rows_gradient(rows, values, table) if len(rows) else None
 
     def _gather(self, mine: Tensor, lengths: list[int]) -> Tensor:
         """The rows (n, ...) of all processes below one another; lengths: how many each has."""
@@ -179,3 +177,9 @@ def _others_may_end() -> Iterator[None]:
             f"another process of this training ended or cannot be reached ({str(error).splitlines()[0]}); its own "
             "message says why; --resume goes on from the last checkpoint"
         ) from error
+
+
+def rows_gradient(rows: Tensor, values: Tensor, table: Tensor) -> Tensor:
+    """The gradient of a table that is values (n, D) in rows (n,), which may repeat, and zero elsewhere: sparse."""
+    with torch.sparse.check_sparse_tensor_invariants(False):  # torch 2.11 warns where only the call itself says so
+        return torch.sparse_coo_tensor(rows[None], values, table.shape)

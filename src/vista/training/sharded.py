@@ -24,7 +24,7 @@ from vista.errors import ConfigError
 from vista.models.batch import TimelineBatch
 from vista.models.embeddings import ITEM_SCALE, ItemEmbedding, ItemTables
 from vista.models.model import Model
-from vista.training.processes import Processes
+from vista.training.processes import Processes, rows_gradient
 
 ROWS_AT_ONCE = 16_384  # of each process, when a table is written: some MB, whatever the table
 OPTIMIZER_STATES = ("optimizer.1.0.exp_avg", "optimizer.1.0.exp_avg_sq")  # of each row, as a checkpoint calls them
@@ -64,8 +64,7 @@ class ShardedRows(nn.Embedding):
         gradient = torch.zeros_like(self.values) if self.values.grad is None else self.values.grad
         sent, got = self.sizes
         values = self.processes.exchange(gradient[self.order], sent, got)
-        place = self.asked[None]
-        self.weight.grad = torch.sparse_coo_tensor(place, values, self.weight.shape, check_invariants=False)
+        self.weight.grad = rows_gradient(self.asked, values, self.weight)
         self.values = None
 
     def finish(self) -> None:

@@ -71,6 +71,16 @@ def test_details_of_a_world_stand_beside_the_impressions_they_are_of(out):
     assert read_detail(out / "membership" / "log", data, "test", "gap_events") is None
 
 
+@pytest.mark.parametrize(("axis", "share"), [({"events": "400"}, 0.2), ({"ages": "100"}, 1.0)])
+def test_all_requests_count_where_a_world_fixes_how_long_ago_the_answer_lies(axis, share, tmp_path):
+    [one] = worlds(["needle"], 0, {"users": 6, "events": 300, "requests": 16})
+    trained = one.open(tmp_path / "trained")
+    data = one.at(axis, trained.folder).open(tmp_path / "test")
+    num_requests = {split: data.impressions(split).num_requests for split in ("train", "validation", "test")}
+    assert num_requests["validation"] == 0
+    assert num_requests["test"] / sum(num_requests.values()) == pytest.approx(share, abs=0.02)
+
+
 def test_a_score_that_is_there_is_not_measured_again(out, monkeypatch):
     first = sweep(out, events=[120, 480])
 

@@ -4,7 +4,7 @@
     OUT/SET/ENTRY-SEED-KEY/axis-KEY.json      what a run scored at one point; a point that is there is not scored again
 
 A test world has other users than the one trained on, and its newest requests are scored, so that nearly the whole of a
-history lies before them. Its best possible score is drawn beside the models.
+history lies before them; all of them where the world fixes how long ago each answer lies. Its best possible score is drawn beside the models.
 """
 
 from __future__ import annotations

@@ -30,6 +30,7 @@ MAX_REQUESTS = 200_000  # of one log: enough for a standard error of a thousandt
 CODEC = "codec"  # the axis that is no setting of a world: what stored tokens are written with
 FIXED = ("items", "categories", "by_category")  # a trained model knows these items, and what they are, alone
 TEST_SHARE = 0.2  # newest requests of a test world that are scored: those with nearly the whole history before them
+ALL = "1970-01-01"  # where the test split begins in a world that fixes how long ago each answer lies: all requests are scored
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,10 @@ class BenchmarkSet:
         name, own = self.world
         settings = {**own, **{key: str(value) for key, value in point.items()}}
         settings["seed"] = int(own.get("seed", 0)) + 1
-        changes = {"catalogue": str(folder), "validation_fraction": 0.0, "test_fraction": TEST_SHARE}
+        world = world_of(world_set(name, settings))
+        is_timed = world is not None and world.is_timed
+        scored = {"validation_from": ALL, "test_from": ALL} if is_timed else {"test_fraction": TEST_SHARE}
+        changes = {"catalogue": str(folder), "validation_fraction": 0.0, **scored}
         label = ",".join(f"{key}={value}" for key, value in point.items())
         return replace(world_set(name, settings, changes), name=label)
 

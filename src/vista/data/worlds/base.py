@@ -114,6 +114,11 @@ class World(ABC):
     def details(self, log: Log, requests: Requests) -> Statistics:
         """Facts of each candidate that explain its score, (Q, C) each, to slice results by."""
 
+    @property
+    def is_timed(self) -> bool:
+        """Whether each request lies so many events after what it asks about as the settings say, wherever it lies."""
+        return False
+
     def best_score(self, log: Log, requests: Requests) -> np.ndarray:
         """P(click | history) of each candidate, (Q, C) float64."""
         return self.probability(self.statistics(log, requests))

@@ -94,6 +94,10 @@ class Needle(RareCategories):
         log = Log(item, category, action)
         return log, Requests(num_known, self._candidates(rng, log, num_known))
 
+    @property
+    def is_timed(self) -> bool:
+        return bool(self.ages)
+
     def _moments(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Places of the likes, (at most L,), and of the requests, (at most Q,): in 1 .. N - 1, ascending."""
         per_like = self.requests // self.likes

@@ -6,8 +6,8 @@
 First every kernel is held to torch on the device itself, values and gradients; a difference ends the call. Then, from a
 thousand to a million events, of one user and of many, in bfloat16: our two memories on kernels and in plain torch,
 torch's causal softmax attention, and flash-linear-attention where it is installed; with the share of the
-memory bandwidth and of the matrix rate that this very device shows. Last, a whole summarizer: reading, and reading with
-gradients.
+memory bandwidth and of the matrix rate that this very device shows. First of all, a whole model: reading histories,
+the same with gradients, and steps of training.
 Where the budget (seconds) is used up, rows are left out and named. A CPU runs the same code in torch alone.
 """
 
@@ -28,9 +28,11 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from vista.catalogue import Catalogue
-from vista.config import Config, resolve
+from vista.config import Config, ModelConfig, resolve
+from vista.models.batch import Borders, Requests, TimelineBatch
 from vista.models.embeddings import ItemTables
-from vista.models.inputs import Events
+from vista.models.inputs import Events, Progress, newest_index
+from vista.models.losses import multi_task_loss
 from vista.models.vista import make_model
 from vista.ops.forms import kernels_on, why_torch
 from vista.ops.order import SegmentOrder
@@ -38,6 +40,8 @@ from vista.ops.qla import rms_norm, segment_causal_qla
 from vista.ops.slots import EMPTY_MAXIMUM, scan_slots, slot_parts
 
 HEADS, WIDTH, SEGMENT, SEEDS, NUM_ITEMS = 4, 32, 128, 128, 20_000
+REQUESTS, CANDIDATES = 16, 8  # of each user in a step of training
+TRAINED_EVENTS = 1_024  # of each user in a step of training
 LENGTHS = (1_024, 16_384, 131_072, 1_048_576)
 USERS = (1, 64)
 MOST_EVENTS = 1_048_576  # of all users together
@@ -174,16 +178,48 @@ def measure_operators(device: str, lengths: tuple[int, ...], rate: tuple[float, 
     return found
 
 
-def measure_model(device: str, events: int, users: int) -> list[Row]:
-    """Size base, events/s: summaries of whole histories, and the same with gradients (no ranker, no optimizer)."""
-    config: Config = resolve("base")
-    catalogue = Catalogue(np.arange(NUM_ITEMS), np.arange(65 + NUM_ITEMS, dtype=np.int32))
-    torch.manual_seed(0)
-    model: Any = make_model(config.model, ItemTables.of(catalogue), 1, 1, (), 0).to(device)
+def made_log(users: int, events: int) -> Events:
+    """Histories of ``users`` with so many events each."""
     total = users * events
     times = 10**15 + torch.arange(total) * 60_000_000
     item = torch.randint(65, 65 + NUM_ITEMS, (total,))
-    log = Events.from_log(item, torch.ones_like(item), times, torch.arange(users + 1) * events).to(device)
+    return Events.from_log(item, torch.ones_like(item), times, torch.arange(users + 1) * events)
+
+
+def made_batch(config: ModelConfig, users: int, events: int, requests: int) -> TimelineBatch:
+    """A step of training: whole histories, with so many requests of each user, reading borders all along them."""
+    size, log = config.segment_events, made_log(users, events)
+    num_segments, place = events // size, torch.arange(users * events // size * size)
+    segment = place.view(-1, size) + (events % size) * (place.view(-1, size) // (num_segments * size))
+    lane = torch.arange(users).repeat_interleave(requests)
+    closed = torch.linspace(1, num_segments, requests).long().repeat(users)
+    known = closed * size
+    end = log.offsets[lane] + known
+    first, last = log.timestamp_us[log.offsets[lane]], log.timestamp_us[end - 1]
+    recent = newest_index(end, known.clamp(max=config.raw_events), config.raw_events)
+    candidate = torch.randint(65, 65 + NUM_ITEMS, (len(lane), CANDIDATES))
+    asked = Requests(
+        torch.arange(len(lane)), recent, log.item[recent.clamp(min=0)] * (recent >= 0),
+        log.timestamp_us[recent.clamp(min=0)], last + 1, known, candidate, torch.zeros(*candidate.shape, 0),
+    )  # fmt: skip
+    borders = Borders(users + lane * num_segments + closed - 1, Progress(known, first, last), lane)
+    label = torch.randint(0, 2, (*candidate.shape, 1)).float()
+    shown = torch.arange(candidate.numel()).view_as(candidate)
+    return TimelineBatch(log, segment, torch.full((users,), num_segments), borders, asked, label, shown)
+
+
+def measure_model(device: str, events: int, users: int, has_sketch: bool) -> list[Row]:
+    """Size base, events/s: summaries of whole histories; the same with gradients; and steps of training, with the
+    ranker, its candidates and the optimizer. A sketch is taken in by the CPU, whatever the device."""
+    config: Config = resolve("base", overrides={} if has_sketch else {"model.sketch_slots": 0})
+    catalogue = Catalogue(np.arange(NUM_ITEMS), np.arange(65 + NUM_ITEMS, dtype=np.int32))
+    torch.manual_seed(0)
+    model: Any = make_model(config.model, ItemTables.of(catalogue), 1, 1, (), 0).to(device)
+    total, log = users * events, made_log(users, events).to(device)
+    batch = made_batch(config.model, users, min(events, TRAINED_EVENTS), REQUESTS).to(device)
+    sparse = [model.embedding.items.rows.weight]
+    dense = [p for p in model.parameters() if p is not sparse[0]]
+    optimizers = [torch.optim.AdamW(dense), torch.optim.SparseAdam(sparse)]
 
     def summarize() -> None:
         with torch.no_grad():
@@ -195,18 +231,30 @@ def measure_model(device: str, events: int, users: int) -> list[Row]:
             tokens = model.state_tokens(model.extend(model.init_state(users), log))
         tokens.float().square().mean().backward()
 
+    def train_step() -> None:
+        model.zero_grad(set_to_none=True)
+        with torch.autocast(device, torch.bfloat16):
+            output = model(batch, model.init_memory(users))
+        multi_task_loss(output.logits, batch.label, batch.is_valid).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+
+    calls = {"summarize": (summarize, total), "summarize, with gradients": (with_gradients, total),
+             "train": (train_step, len(batch.events.item))}  # fmt: skip
     found = []
     for form in ("kernels", "torch") if device == "cuda" and not why_torch() else ("torch",):
         with kernels_on(*(["cuda"] if form == "kernels" else [])):
-            for name, call in (("summarize", summarize), ("summarize, with gradients", with_gradients)):
-                row = {"operator": name, "form": form, "users": users, "events": total}
-                found.append(row | {"events_per_s": total / seconds(call, device, 3)})
+            for name, (call, read) in calls.items():
+                row = {"operator": name + ("" if has_sketch else ", no sketch"), "form": form, "users": users}
+                elapsed_s = seconds(call, device, 3)
+                row |= {"events": read, "events_per_s": read / elapsed_s}
+                found.append(row | ({"impressions_per_s": batch.label.numel() / elapsed_s} if name == "train" else {}))
     return found
 
 
 def table(found: list[Row]) -> str:
     names = ["operator", "form", "users", "events", "forward_s", "with_backward_s", "bandwidth", "matrix_rate",
-             "events_per_s"]  # fmt: skip
+             "events_per_s", "impressions_per_s"]  # fmt: skip
     lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
     for row in found:
         cells = [f"{v:,.3g}" if isinstance(v, float) else f"{v:,}" if isinstance(v, int) else str(v)
@@ -230,7 +278,9 @@ def main() -> None:
     checked = check(device)
     rate = limits(device, tiny)
     print(f"copy {rate[0] / 1e9:,.0f} GB/s, bfloat16 product {rate[1] / 1e12:,.3f} TF/s", flush=True)
-    found = measure_model(device, *((256, 2) if tiny else (16_384, 64)))  # the longest compilation first
+    found = []
+    for has_sketch in (False, True):
+        found += measure_model(device, *((384, 2) if tiny else (16_384, 64)), has_sketch)  # compiles longest: first
     found += measure_operators(device, (LENGTHS[0] // 2,) if tiny else LENGTHS, rate, until)
     print(table(found))
     if arguments.out is not None:

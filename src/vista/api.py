@@ -26,6 +26,7 @@ from vista.data.histories import PreparedData
 from vista.data.prepare import PrepareOptions
 from vista.data.prepare import prepare as _prepare
 from vista.data.requests import MomentColumns
+from vista.devices import chosen_device
 from vista.errors import ConfigError, nearest
 from vista.evaluation.evaluate import evaluate as _evaluate
 from vista.evaluation.results import Evaluation
@@ -71,14 +72,17 @@ def prepare(events: Path | str, out: Path | str, **options: Any) -> Manifest:
 
 
 def train(
-    data: Path | str, out: Path | str, size: str = "small", resume: bool = False, quiet: bool = False, **settings: Any
-) -> Run:
+    data: Path | str, out: Path | str, size: str = "small", resume: bool = False, quiet: bool = False,
+    device: str = "cpu", **settings: Any,
+) -> Run:  # fmt: skip
     """Train a model and load it. Settings are those of ``vista.config``, as in ``width=32`` or ``max_steps=500``.
 
-    Raises ConfigError for a setting that is unknown or out of range.
+    device: ``cpu``, ``cuda`` or ``cuda:1``; the run that is returned is on the CPU. Raises ConfigError for a setting
+    that is unknown or out of range, and for a device that is not there.
     """
     config = resolve(size, overrides={setting_key(name): value for name, value in settings.items()})
-    return load_run(_train(PreparedData.open(data), Path(out), config, resume, quiet))
+    place = chosen_device(device)
+    return load_run(_train(PreparedData.open(data), Path(out), config, resume, quiet, device=place))
 
 
 def load(run: Path | str) -> Run:
@@ -87,10 +91,12 @@ def load(run: Path | str) -> Run:
 
 
 def evaluate(
-    run: Path | str, data: Path | str, split: str = "test", full_ranking: bool = False, quiet: bool = False
-) -> Evaluation:
-    """Metrics and slices of a run on a split of the data it was trained on."""
-    return _evaluate(load_run(run), PreparedData.open(data), split, full_ranking, quiet)
+    run: Path | str, data: Path | str, split: str = "test", full_ranking: bool = False, quiet: bool = False,
+    device: str = "cpu",
+) -> Evaluation:  # fmt: skip
+    """Metrics and slices of a run on a split of the data it was trained on; device: where its model computes."""
+    loaded = load_run(run, str(chosen_device(device)))
+    return _evaluate(loaded, PreparedData.open(data), split, full_ranking, quiet)
 
 
 def summarize(
@@ -104,17 +110,20 @@ def summarize(
     engine: str = "local",
     workers: int | None = None,
     ray_address: str | None = None,
+    device: str = "cpu",
 ) -> SummarizeReport:
     """Every user's summary into a store (a path or a URL), published unless told otherwise.
 
     engine: ``local``, or ``ray`` (at ``ray_address``); workers: processes that fold, None for one per core where there
-    is enough to do. Users that cannot be summarized are in the report's ``failed``. Raises ConfigError for an unknown
-    engine or codec, before anything is written.
+    is enough to do; device: where the model computes, a GPU being fed by this process alone. Users that cannot be
+    summarized are in the report's ``failed``. Raises ConfigError for an unknown engine, codec or device, before
+    anything is written.
     """
-    chosen = make_engine(engine, workers, ray_address)
+    place = chosen_device(device)
+    chosen = make_engine(engine, workers, ray_address, place)
     if codec not in CODECS:
         raise ConfigError(f"codec {codec!r}{nearest(codec, CODECS)}")
-    loaded, prepared = load_run(run), PreparedData.open(data)  # before there is a store
+    loaded, prepared = load_run(run, str(place)), PreparedData.open(data)  # before there is a store
     loaded.check_data(prepared.manifest, prepared.catalogue, prepared.folder)
     with open_store(str(store)) as opened:
         return _summarize(loaded, prepared, opened, codec, all_users, quiet, publish, chosen)

@@ -236,9 +236,8 @@ def _shape(tensor: Tensor | None) -> str:
 def write_tensors(path: Path, tensors: dict[str, Tensor], facts: dict[str, Any] | None = None) -> None:
     """Write a safetensors file in one atomic step: a reader sees the old file or the new one, whole."""
     partial = path.with_name(path.name + ".partial")
-    save_file(
-        {name: t.detach().contiguous() for name, t in tensors.items()}, partial, {"facts": json.dumps(facts or {})}
-    )
+    here = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    save_file(here, partial, {"facts": json.dumps(facts or {})})
     with partial.open("rb") as file:
         os.fsync(file.fileno())
     partial.replace(path)

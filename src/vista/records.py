@@ -48,13 +48,14 @@ def tokens_records(
             for one, user_id in zip(each, user_ids, strict=True)
             for record in tokens_records(model, one, [user_id], version)
         ]
-    tokens, readout = model.state_tokens(state).float().numpy(), model.state_readout(state)
+    tokens, readout = model.state_tokens(state).float().cpu().numpy(), model.state_readout(state)
+    state = state.to("cpu")
     sketch = model.state_sketch(state)
     newest = model.config.recent_events
     records = []
     for row, (user, recent) in enumerate(zip(user_ids, recent_arrays(state), strict=True)):
         hot = {name: array[-newest:] for name, array in recent.items()} | {"tokens": tokens[row]}
-        hot |= {} if readout is None else {READOUT: readout[row].float().numpy()}
+        hot |= {} if readout is None else {READOUT: readout[row].float().cpu().numpy()}
         hot |= sketch_arrays(model.sketch, tuple(t[row] for t in sketch))
         records.append(Record("tokens", version, *_facts(state, row, user), hot))
     return records
@@ -63,6 +64,7 @@ def tokens_records(
 @torch.no_grad()
 def state_records(model: SequenceModel, state: UserState, user_ids: list[Any], version: str) -> list[Record]:
     """The state records of B users."""
+    state = state.to("cpu")
     sketch = model.state_sketch(state)
     memory = [t.numpy() for t in flatten(state.memory[:-1] if sketch else state.memory)]
     records = []

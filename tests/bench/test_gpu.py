@@ -17,10 +17,11 @@ def test_it_measures_every_operator_on_a_cpu(tmp_path: Path) -> None:
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False, env=environment)
     assert run.returncode == 0, run.stderr
     facts = json.loads((tmp_path / "gpu.json").read_text())
+    whole = {"summarize", "summarize, with gradients", "train"}
     assert {row["operator"] for row in facts["rows"]} == {
-        "sum", "slots", "softmax", "summarize", "summarize, with gradients",
+        "sum", "slots", "softmax", *whole, *(f"{name}, no sketch" for name in whole)
     }  # fmt: skip
-    assert run.stdout.count("\n| s") == len(facts["rows"])
+    assert run.stdout.count("\n| s") + run.stdout.count("\n| train") == len(facts["rows"])
     assert {(row["operator"], row["type"]) for row in facts["checked"]} == {
         (name, kind) for name in ("sum", "slots") for kind in ("torch.float32", "torch.bfloat16")
     }

@@ -8,7 +8,7 @@ Shape letters: B lanes, N event rows, G segments, S events in a segment, Q reque
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,10 @@ class Step:
     is_carried: Sequence[bool]
     goes_on: Sequence[bool]
     position: dict[str, Any] = field(default_factory=dict)  # of the walk after this step, to resume from
+
+    def to(self, device: torch.device) -> Step:
+        """The same with its batch there."""
+        return self if device.type == "cpu" else replace(self, batch=self.batch.to(device))
 
 
 @dataclass(frozen=True)

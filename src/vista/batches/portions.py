@@ -9,10 +9,11 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 
 from vista.batches.builder import BatchBuilder, Step
 from vista.batches.plans import Feed, Plan
@@ -39,6 +40,10 @@ class SharedStep:
     portions: list[Portion]
     is_empty: bool = False
     position: dict[str, Any] = field(default_factory=dict)  # of the walk after the step
+
+    def to(self, device: torch.device) -> SharedStep:
+        """The same with its batches there."""
+        return replace(self, portions=[replace(portion, step=portion.step.to(device)) for portion in self.portions])
 
 
 class Sharer:

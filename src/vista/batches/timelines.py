@@ -216,12 +216,12 @@ class MemoryCarry:
                 self.by_user.pop(user, None)
 
     def state(self) -> dict[str, Tensor]:
-        """All of it by name, for a checkpoint."""
-        return {f"{user}.{i}": t for user, tensors in self.by_user.items() for i, t in enumerate(tensors)}
+        """All of it by name, in main memory, for a checkpoint."""
+        return {f"{user}.{i}": t.cpu() for user, tensors in self.by_user.items() for i, t in enumerate(tensors)}
 
-    def load(self, state: dict[str, Tensor], users: set[int]) -> None:
-        """What ``state`` gave, of these users."""
+    def load(self, state: dict[str, Tensor], users: set[int], device: torch.device) -> None:
+        """What ``state`` gave, of these users, to ``device``."""
         self.by_user = {}
         for name in sorted(state, key=lambda name: tuple(map(int, name.split(".")))):
             if int(name.split(".")[0]) in users:
-                self.by_user.setdefault(int(name.split(".")[0]), []).append(state[name])
+                self.by_user.setdefault(int(name.split(".")[0]), []).append(state[name].to(device))

@@ -4,7 +4,8 @@
     OUT/SET/ENTRY-SEED-KEY/axis-KEY.json      what a run scored at one point; a point that is there is not scored again
 
 A test world has other users than the one trained on, and its newest requests are scored, so that nearly the whole of a
-history lies before them; all of them where the world fixes how long ago each answer lies. Its best possible score is drawn beside the models.
+history lies before them; all of them where the world fixes how long ago each answer lies. Its best possible score is
+drawn beside the models.
 """
 
 from __future__ import annotations
@@ -142,7 +143,8 @@ def _sweep(
                 if (entry.name, seed) in done:
                     place = cell_folder(out, one, trained, entry, entry.config(plan.size, seed, plan.training))
                     log = folder / "axis" / test.name / "log" if settings else folder / "log"
-                    scores.append(_score(place, data, log, entry, seed, number_of, point.get(CODEC)))
+                    codec = point.get(CODEC)
+                    scores.append(_score(place, data, log, entry, seed, number_of, codec, plan.device))
         say(_line(one.name, axis, point, scores, number_of))
     return Sweep(axis, tuple(scores), tuple(best), _trained_at(one, axis))
 
@@ -163,12 +165,12 @@ def _trained_at(one: BenchmarkSet, axis: Axis) -> float | None:
 
 
 def _score(
-    folder: Path, data: PreparedData, log: Path, entry: Entry, seed: int, point: int, codec: str | None
+    folder: Path, data: PreparedData, log: Path, entry: Entry, seed: int, point: int, codec: str | None, device: str
 ) -> PointScore:
     """A run's metrics at a point, from its file or measured now. log: the files of a world."""
     path = folder / f"axis-{content_key({'data': data.manifest.checksums, 'codec': codec})}.json"
     if not path.exists():
-        run = load_run(folder / "run")
+        run = load_run(folder / "run", device)
         with through_codec(run, codec):
             found = _measure(run, data, log)
         values = {name: None if math.isnan(value) else value for name, value in found.items()}
@@ -228,8 +230,8 @@ def changed_tokens(run: Run, change: Callable[[Tensor], Tensor]) -> Iterator[Non
 def stored(tokens: Tensor, codec: str) -> Tensor:
     """Tokens (M, K, D) after a way through the store."""
     version = "codec" + "-" * 11
-    blobs = [encode(Record("tokens", version, b"i:0", 0, 0, {"tokens": t}), codec) for t in tokens.numpy()]
-    return torch.from_numpy(decode_tokens([unpack(blob) for blob in blobs])) if blobs else tokens
+    blobs = [encode(Record("tokens", version, b"i:0", 0, 0, {"tokens": t}), codec) for t in tokens.cpu().numpy()]
+    return torch.from_numpy(decode_tokens([unpack(blob) for blob in blobs])).to(tokens.device) if blobs else tokens
 
 
 def number(value: Any) -> float | None:

@@ -66,13 +66,17 @@ class Cell:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be run: every entry with every seed on every set, in steps of the same size."""
+    """What is to be run: every entry with every seed on every set, in steps of the same size.
+
+    device: where models compute; runs are cached by their content alone, wherever they were trained.
+    """
 
     sets: Sequence[BenchmarkSet]
     entries: Sequence[Entry]
     seeds: Sequence[int]
     size: str = "tiny"
     training: dict[str, Any] = field(default_factory=dict)
+    device: str = "cpu"
 
     @property
     def num_cells(self) -> int:
@@ -103,7 +107,8 @@ def _job(plan: Plan, one: BenchmarkSet, entry: Entry, seed: int, out: Path) -> J
     config = entry.config(plan.size, seed, plan.training)
     folder = cell_folder(out, one, data, entry, config)
     label = f"{one.name}, {entry.name}, seed {seed}"
-    return Job(one.name, label, folder, Cell.from_json, lambda: _run_cell(data, config, entry, seed, folder))
+    place = plan.device
+    return Job(one.name, label, folder, Cell.from_json, lambda: _run_cell(data, config, entry, seed, folder, place))
 
 
 def cell_folder(out: Path, one: BenchmarkSet, data: PreparedData, entry: Entry, config: Config) -> Path:
@@ -112,14 +117,14 @@ def cell_folder(out: Path, one: BenchmarkSet, data: PreparedData, entry: Entry, 
     return out / one.name / f"{entry.name}-{config.train.seed}-{key}"
 
 
-def _run_cell(data: PreparedData, config: Config, entry: Entry, seed: int, folder: Path) -> Cell:
+def _run_cell(data: PreparedData, config: Config, entry: Entry, seed: int, folder: Path, device: str) -> Cell:
     """Train, or go on training, and evaluate."""
     run_folder = folder / "run"
     can_resume = (run_folder / "training.safetensors").exists()
     if not can_resume:
         shutil.rmtree(run_folder, ignore_errors=True)
-    train(data, run_folder, config, resume=can_resume)
-    run = load_run(run_folder)
+    train(data, run_folder, config, resume=can_resume, device=device)
+    run = load_run(run_folder, device)
     evaluation = evaluate(run, data)
     evaluation = replace(evaluation, model=", ".join([evaluation.model, *entry.own_settings]))
     last = evaluation.learning_curve[-1] if evaluation.learning_curve else {"elapsed_s": 0.0, "step": 0}

@@ -198,7 +198,7 @@ def _facts(plan: Plan, cells: dict[str, list[Cell]], command: Sequence[str]) -> 
     return [
         f"Command: `{shlex.join(command)}`",
         f"Size {plan.size}{f'; {settings}' if settings else ''}; seeds {', '.join(map(str, plan.seeds))}.{budget}",
-        f"Machine: {machine()}.",
+        f"Machine: {machine()}; models on {plan.device}.",
         f"Versions: {versions()}.",
         NOTE,
     ]

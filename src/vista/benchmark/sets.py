@@ -30,7 +30,7 @@ MAX_REQUESTS = 200_000  # of one log: enough for a standard error of a thousandt
 CODEC = "codec"  # the axis that is no setting of a world: what stored tokens are written with
 FIXED = ("items", "categories", "by_category")  # a trained model knows these items, and what they are, alone
 TEST_SHARE = 0.2  # newest requests of a test world that are scored: those with nearly the whole history before them
-ALL = "1970-01-01"  # where the test split begins in a world that fixes how long ago each answer lies: all requests are scored
+ALL = "1970-01-01"  # where the test split begins in a world that fixes how long ago each answer lies: all is scored
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
+from vista.cli.train import DEVICE_HELP
+
 app = typer.Typer(
     name="benchmark",
     help="Compare models on worlds whose best score is known, on public logs and on your own.",
@@ -58,6 +60,7 @@ def lifelong(
         list[str] | None, typer.Option("--set", help="Any other setting of all runs; repeatable.")
     ] = None,
     time_budget_s: Annotated[float, typer.Option(help="No run is begun after so many seconds; 0: no limit.")] = 0.0,
+    device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "cpu",
     threads: Annotated[int, typer.Option(min=1, help="Threads of torch.")] = 1,
 ) -> None:
     """Does lifelong history pay? Trains every entry with every seed on every set, and says so in one sentence per set.
@@ -71,13 +74,14 @@ def lifelong(
     from vista.benchmark.cells import run_plan
     from vista.benchmark.report import write_benchmark
     from vista.config import parse_overrides
+    from vista.devices import chosen_device
 
     columns = {"user_column": user_column, "item_column": item_column, "timestamp_column": timestamp_column,
                "burst_column": burst_column}  # fmt: skip
     own = {"events": events, "items": items, "impressions": impressions, **columns}
     chosen = RunOptions(models, seeds, size, max_steps, parse_overrides(overrides or []))
     torch.set_num_threads(threads)
-    plan = _plan(config, source, own, worlds, axis or [], chosen)
+    plan = replace(_plan(config, source, own, worlds, axis or [], chosen), device=str(chosen_device(device)))
     cells = run_plan(plan, out, time_budget_s, typer.echo)
     sweeps = sweep_axes(plan, out, cells, typer.echo)
     typer.echo("")
@@ -149,16 +153,6 @@ def _sets(own: dict[str, Any], worlds: str | None) -> list[Any]:
     return sets + world_sets(names, seed=0)
 
 
-def _check_device(device: str) -> None:
-    """Raises ConfigError for a device that is unknown or not there."""
-    import torch
-
-    from vista.errors import ConfigError
-
-    if device != "cpu" and not (device.partition(":")[0] == "cuda" and torch.cuda.is_available()):
-        raise ConfigError(f"--device {device!r}: cpu, or cuda where torch has a GPU (vista doctor says so); use cpu")
-
-
 def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
@@ -201,7 +195,7 @@ def leave_one_out(
         typer.Option("--set", help="Any other setting of all runs, as in --set train.negatives=512; repeatable."),
     ] = None,
     time_budget_s: Annotated[float, typer.Option(help="No run is begun after so many seconds; 0: no limit.")] = 0.0,
-    device: Annotated[str, typer.Option(help="cpu, or cuda where torch has it.")] = "cpu",
+    device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "cpu",
     threads: Annotated[int, typer.Option(min=1, help="Threads of torch.")] = 1,
 ) -> None:
     """The next-item protocol of the literature: each user's last item, ranked among all, beside published numbers.
@@ -215,8 +209,9 @@ def leave_one_out(
     from vista.benchmark.leave_one_out.report import about, write_leave_one_out
     from vista.config import parse_overrides
     from vista.data.sequences import SequenceColumns, read_sequences
+    from vista.devices import chosen_device
 
-    _check_device(device)
+    place = str(chosen_device(device))
     torch.set_num_threads(threads)
     columns = SequenceColumns(user_column, item_column, order_column, timestamp_column)
     chosen, training = choose(_names(models)), {"train.max_epochs": max_epochs} | parse_overrides(overrides or [])
@@ -224,7 +219,7 @@ def leave_one_out(
         entry.config(0, training)
     sequences = read_sequences(events, columns, min_events)
     typer.echo(about(sequences))
-    plan = LeaveOneOutPlan(sequences, chosen, _seeds(seeds), training, device)
+    plan = LeaveOneOutPlan(sequences, chosen, _seeds(seeds), training, place)
     cells = run_leave_one_out(plan, out, time_budget_s, typer.echo)
     table = write_leave_one_out(plan, cells, out, ["vista", *sys.argv[1:]])
     typer.echo("\n" + table.to_markdown())

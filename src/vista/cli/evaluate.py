@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from vista.cli.train import DEVICE_HELP
+
 
 def evaluate(
     runs: Annotated[list[Path], typer.Argument(help="Run folders; seeds of one model are averaged.")],
@@ -16,12 +18,14 @@ def evaluate(
     full_ranking: Annotated[
         bool, typer.Option("--full-ranking", help="Also HR@K and NDCG@K among the whole catalogue (slow).")
     ] = False,
+    device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "cpu",
     report: Annotated[Path | None, typer.Option(help="Folder for a report: HTML, Markdown, JSON and plots.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print all numbers as JSON instead of a table.")] = False,
 ) -> None:
     """Evaluate runs: NE, log loss, AUC, GAUC, calibration; by history length, distance and source of negatives."""
     from vista.checkpoint import load_run
     from vista.data.histories import PreparedData
+    from vista.devices import chosen_device
     from vista.errors import ConfigError, nearest
     from vista.evaluation.evaluate import best_possible
     from vista.evaluation.evaluate import evaluate as evaluate_run
@@ -31,8 +35,8 @@ def evaluate(
 
     if split not in SPLITS:
         raise ConfigError(f"--split {split!r}: unknown{nearest(split, SPLITS)}")
-    prepared = PreparedData.open(data)
-    evaluations = [evaluate_run(load_run(run), prepared, split, full_ranking) for run in runs]
+    place, prepared = str(chosen_device(device)), PreparedData.open(data)
+    evaluations = [evaluate_run(load_run(run, place), prepared, split, full_ranking) for run in runs]
     best = best_possible(prepared, split)
     if as_json:
         both = {"evaluations": [e.to_json() for e in evaluations], "best_possible": best.to_json() if best else None}

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vista.cli.store import URL_HELP
+from vista.cli.train import DEVICE_HELP
 
 if TYPE_CHECKING:
     from vista.jobs.summarize import SummarizeReport
@@ -34,6 +35,7 @@ def summarize(
     ray_address: Annotated[
         str | None, typer.Option(help="A Ray cluster (with --engine ray); default: one that runs here, else a new one.")
     ] = None,
+    device: Annotated[str, typer.Option(help=f"{DEVICE_HELP} A GPU is fed by one process.")] = "cpu",
 ) -> None:
     """Summarize every user's history into a store, and publish the model version.
 
@@ -48,7 +50,7 @@ def summarize(
 
     report = api.summarize(
         run, data, store, codec=codec, all_users=all_users, publish=publish, engine=engine, workers=workers,
-        ray_address=ray_address,
+        ray_address=ray_address, device=device,
     )  # fmt: skip
     done = "published" if report.is_published else "not published:"
     typer.echo(

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+DEVICE_HELP = "Where models compute: cpu, cuda or cuda:NUMBER."
+
 
 def train(
     data: Annotated[Path, typer.Argument(help="Prepared data folder (vista prepare).")],
@@ -28,6 +30,7 @@ def train(
     threads: Annotated[
         int | None, typer.Option(min=1, help="Threads of torch; 1 is often fastest for tiny. Default: one per core.")
     ] = None,
+    device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "cpu",
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="Any other setting, as in --set model.memory=sum; repeatable.")
     ] = None,
@@ -45,9 +48,11 @@ def train(
     from vista.checkpoint import load_description, load_run
     from vista.config import parse_overrides, resolve
     from vista.data.histories import PreparedData
+    from vista.devices import chosen_device
     from vista.training.loop import train as run_training
     from vista.training.processes import own_rank
 
+    place = chosen_device(device)
     if threads is not None:
         torch.set_num_threads(threads)
     if resume:
@@ -58,7 +63,7 @@ def train(
         chosen = {key: value for key, value in given.items() if value is not None}
         resolved = resolve(size, config, chosen | parse_overrides(overrides or []))
     try:
-        run_training(PreparedData.open(data), out, resolved, resume, shard_items=shard_items)
+        run_training(PreparedData.open(data), out, resolved, resume, shard_items=shard_items, device=place)
     except KeyboardInterrupt:
         if own_rank() == 0:
             raise

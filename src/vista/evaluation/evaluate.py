@@ -16,6 +16,7 @@ from vista.checkpoint import Run
 from vista.data.counts import last_met
 from vista.data.histories import Impressions, PreparedData
 from vista.data.popularity import PopularityFeatures
+from vista.devices import device_of
 from vista.errors import ConfigError
 from vista.evaluation.metrics import Metrics, positive_rank, ranking_metrics
 from vista.evaluation.results import Evaluation
@@ -128,31 +129,33 @@ def rank_catalogue(run: Run, feed: Feed, quiet: bool = False) -> Metrics:
             f"{run.folder}: full ranking needs a score of every item for every request; a model of kind "
             f"{run.config.model.model!r} reads counts made for the shown ones alone; leave out --full-ranking"
         )
-    items = torch.arange(run.catalogue.first_item, run.catalogue.num_indices)
+    device = device_of(model)
+    items = torch.arange(run.catalogue.first_item, run.catalogue.num_indices, device=device)
     walk, carry, ranks = TimelineWalk(feed), MemoryCarry(), []
     with Progress("rank all items", total=walk.num_requests, unit="requests", quiet=quiet) as progress:
-        for step in walk:
+        for step in (step.to(device) for step in walk):
             batch = step.batch
             prepared, memory = model.prepare(batch, carry.gather(step, model.init_memory(len(step.users))))
             carry.keep(step, memory)
             is_positive = (batch.label[..., 0] > 0) & batch.is_valid
             chosen = (is_positive.sum(1) == 1).nonzero().squeeze(1)
             positive = batch.requests.candidate.gather(1, is_positive.long().argmax(1, keepdim=True)).squeeze(1)
-            for rows in chosen.split(max(1, RANKED_AT_ONCE // len(items))):
+            for rows in chosen.split(max(1, RANKED_AT_ONCE // len(items))) if len(chosen) else ():
                 requests = with_candidates(batch.requests, rows, items)
                 if isinstance(feed.count_features, PopularityFeatures):
                     tables = [feed.count_features.of_all_items(int(us)) for us in requests.timestamp_us]
-                    requests = replace(requests, counts=torch.from_numpy(np.stack(tables))[:, items])
+                    counts = torch.from_numpy(np.stack(tables)).to(device)
+                    requests = replace(requests, counts=counts[:, items])
                 logits = model.rank(prepared, requests)[..., 0].double()
                 column = (positive[rows] - run.catalogue.first_item)[:, None]
                 of_positive = logits.gather(1, column).squeeze(1)
                 others = logits.scatter(1, column, -torch.inf)
-                ranks.append(positive_rank(of_positive.numpy(), others.numpy()))
+                ranks.append(positive_rank(of_positive.cpu().numpy(), others.cpu().numpy()))
             progress.advance(len(batch.requests.summary))
     return ranking_metrics(np.concatenate([np.zeros(0, np.int64), *ranks]))
 
 
 def with_candidates(requests: Requests, rows: torch.Tensor, items: torch.Tensor) -> Requests:
     """Some requests, each with all ``items`` (n,) as candidates."""
-    context = torch.full((len(rows), len(items), requests.context.shape[-1]), torch.nan)
+    context = requests.context.new_full((len(rows), len(items), requests.context.shape[-1]), torch.nan)
     return replace(requests.rows(rows), candidate=items.expand(len(rows), -1), context=context, counts=None)

@@ -10,6 +10,7 @@ import torch
 from vista.batches.plans import Feed
 from vista.batches.timelines import MemoryCarry, TimelineWalk
 from vista.config import TrainConfig
+from vista.devices import device_of
 from vista.models.model import Model
 from vista.progress import Progress
 
@@ -34,15 +35,16 @@ def score(model: Model, feed: Feed, label: str = "score", quiet: bool = False) -
     scoring: TrainConfig = replace(
         feed.config.train, requests_per_step=SCORING_REQUESTS, window_segments=SCORING_SEGMENTS
     )
+    device = device_of(model)
     walk = TimelineWalk(replace(feed, train=False, config=replace(feed.config, train=scoring)))
     carry, impressions, probabilities = MemoryCarry(), [], []
     with Progress(label, total=walk.num_requests, unit="requests", quiet=quiet) as progress:
-        for step in walk:
+        for step in (step.to(device) for step in walk):
             output = model(step.batch, carry.gather(step, model.init_memory(len(step.users))))
             carry.keep(step, output.memory)
             is_valid = step.batch.is_valid
-            impressions.append(step.batch.impression[is_valid].numpy())
-            probabilities.append(output.logits[is_valid].double().sigmoid().numpy())
+            impressions.append(step.batch.impression[is_valid].cpu().numpy())
+            probabilities.append(output.logits[is_valid].double().sigmoid().cpu().numpy())
             progress.advance(len(step.batch.requests.summary))
     model.train(was_training)
     num_tasks = feed.impressions.label.shape[1]

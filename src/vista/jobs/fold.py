@@ -12,6 +12,7 @@ import torch
 
 from vista.checkpoint import Run, load_run
 from vista.data.histories import Histories, PreparedData
+from vista.devices import device_of
 from vista.errors import CheckpointError, VistaError
 from vista.jobs.blocks import Block
 from vista.models.inputs import Events, ragged_arange
@@ -21,7 +22,7 @@ from vista.schema import Manifest
 from vista.store.contract import Write
 from vista.store.record import Record, encode
 
-EVENTS_READ_AT_ONCE = 65_536  # of some users, from the log: bounds memory at any history length
+EVENTS_READ_AT_ONCE = {"cpu": 65_536, "cuda": 262_144}  # of some users, from the log: bounds memory at any length
 REASON_CHARACTERS = 300  # of an error that is reported; torch prints whole stacks
 
 
@@ -146,9 +147,10 @@ def summarize_users(
     if model.config.scope == "full" and len(users) > 1:  # the reference keeps one history at a time
         blocks = zip(users[:, None], user_ids[:, None], strict=True)
         return [r for one, one_id in blocks for r in summarize_users(model, histories, one, one_id, version)]
+    device = device_of(model)
     state = model.init_state(len(users))
-    for events in read_in_parts(histories, users, EVENTS_READ_AT_ONCE):
-        state = model.extend(state, events)
+    for events in read_in_parts(histories, users, EVENTS_READ_AT_ONCE["cpu" if device.type == "cpu" else "cuda"]):
+        state = model.extend(state, events.to(device))
     return to_records(model, state, user_ids.tolist(), version)
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
+import torch
 
 from vista.checkpoint import Run, write_popularity
 from vista.data.histories import PreparedData
@@ -29,6 +30,7 @@ from vista.store.contract import SummaryStore
 from vista.store.record import CODECS, unpack, user_key
 
 EVENTS_PER_USER = 150  # what a user costs beside reading the history, in events: for the time left
+CPU = torch.device("cpu")
 ENGINES = ("local", "ray")
 Results = Generator[Folded, None, None]
 
@@ -61,10 +63,20 @@ class SummarizeReport:
     is_published: bool
 
 
-def make_engine(name: str = "local", workers: int | None = None, ray_address: str | None = None) -> Engine:
-    """An engine by name. Raises ConfigError for an unknown one, for no workers, and for an address without Ray."""
+def make_engine(
+    name: str = "local", workers: int | None = None, ray_address: str | None = None, device: torch.device = CPU
+) -> Engine:
+    """An engine by name, for a run whose model is on ``device``: a GPU is fed by one process, this one.
+
+    Raises ConfigError for an unknown one, for no workers, for an address without Ray, and for several workers or Ray
+    with a GPU.
+    """
     if name not in ENGINES:
         raise ConfigError(f"engine {name!r}{nearest(name, ENGINES)}")
+    if device.type != "cpu":
+        if name != "local" or workers not in (None, 1):
+            raise ConfigError(f"device {device}: one process of engine local feeds it; leave out engine and workers")
+        return LocalEngine(1)
     if name == "ray":
         from vista.jobs.on_ray import RayEngine
 

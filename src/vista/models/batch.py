@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 
-import torch
 from torch import Tensor
 
 from vista.models.inputs import Events, Progress, TensorGroup
@@ -74,9 +73,6 @@ class Borders(TensorGroup):
     progress: Progress
     lane: Tensor
 
-    def to(self, device: torch.device | str) -> Borders:
-        return Borders(self.row.to(device), self.progress.to(device), self.lane.to(device))
-
 
 @dataclass(frozen=True)
 class Windows(TensorGroup):
@@ -88,7 +84,7 @@ class Windows(TensorGroup):
 
 
 @dataclass(frozen=True)
-class TimelineBatch:
+class TimelineBatch(TensorGroup):
     """A stretch of the histories of B users (lanes), with the requests that fall into it.
 
     events         lane after lane: the last events before the stretch, for the first recent windows, then the stretch
@@ -113,13 +109,6 @@ class TimelineBatch:
     def is_valid(self) -> Tensor:
         """(Q, C) bool."""
         return self.impression >= 0
-
-    def to(self, device: torch.device | str) -> TimelineBatch:
-        moved = {
-            name: getattr(self, name).to(device)
-            for name in ("events", "segment", "num_segments", "borders", "requests", "label", "impression")
-        }
-        return replace(self, **moved, windows=self.windows.to(device) if self.windows is not None else None)
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,7 @@ class CountsEncoder(nn.Module):
     @contextmanager
     def measuring(self) -> Iterator[None]:
         """Within it, forward takes in what it is given; at the end, mean and scale are those of all of it."""
-        self._moments = torch.zeros(3, len(self.mean), dtype=torch.float64)
+        self._moments = self.mean.new_zeros(3, len(self.mean), dtype=torch.float64)
         try:
             yield
             mean, square = self._moments[1:] / self._moments[0].clamp(min=1)

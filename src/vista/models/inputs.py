@@ -18,10 +18,11 @@ NO_GAP_US = -1  # the gap of a user's first event
 
 
 class TensorGroup:
-    """Mixin for dataclasses of tensors: the same operation on every tensor field."""
+    """Mixin for dataclasses of tensors and of such groups: the same operation on every one of them."""
 
     def to(self, device: torch.device | str) -> Self:
-        moved = {f.name: v.to(device) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}  # type: ignore[arg-type]
+        values = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+        moved = {name: value.to(device) for name, value in values.items() if isinstance(value, Tensor | TensorGroup)}
         return replace(self, **moved)  # type: ignore[type-var]
 
 

@@ -70,6 +70,10 @@ class UserState:
     def num_users(self) -> int:
         return len(self.progress.num_events)
 
+    def to(self, device: torch.device | str) -> UserState:
+        memory = unflatten([t.to(device) for t in flatten(self.memory)], self.memory)
+        return UserState(self.progress.to(device), self.recent.to(device), memory)
+
 
 @dataclass(frozen=True)
 class Segments:

@@ -222,7 +222,9 @@ class SequenceModel(Model):
         """The state of users without events; without a summarizer, recent events are all of it."""
         if self.summarizer is not None:
             return self.summarizer.init_state(num_users)
-        return UserState(Progress.start(num_users), Recent.empty(num_users, self.config.recent_events), ())
+        device = self.embedding.items.embedding_row.device
+        recent = Recent.empty(num_users, self.config.recent_events, device)
+        return UserState(Progress.start(num_users, device), recent, ())
 
     def extend(self, state: UserState, events: Events, alone: bool = False) -> UserState:
         """The state after these events; see ``Summarizer.extend``."""
@@ -252,7 +254,7 @@ class SequenceModel(Model):
     def state_tokens(self, state: UserState) -> Tensor:
         """The tokens training, bulk and online use: as of the newest closed border; recent events add the rest."""
         if self.summarizer is None:
-            return torch.zeros(state.num_users, 0, self.config.width)
+            return torch.zeros(state.num_users, 0, self.config.width, device=state.recent.item.device)
         return self.summarizer.read(state, include_open=False)
 
 

@@ -65,4 +65,4 @@ class WeightAverage:
         """Go on from what ``state`` gave."""
         self._updates = int(state["updates"])
         if self._updates:
-            self._average = [state[name].clone() for name, _ in self._model.named_parameters()]
+            self._average = [state[name].to(p.device).clone() for name, p in self._model.named_parameters()]

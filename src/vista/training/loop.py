@@ -42,7 +42,8 @@ from vista.checkpoint import (
 from vista.config import Config, TrainConfig
 from vista.data.histories import PreparedData
 from vista.data.popularity import latest_table
-from vista.errors import CheckpointError, StaleOutput, TrainingError
+from vista.devices import GENERATORS, device_of, generator_states, set_generators
+from vista.errors import CheckpointError, ConfigError, StaleOutput, TrainingError
 from vista.evaluation.metrics import normalized_entropy
 from vista.evaluation.scoring import score
 from vista.models.batch import Output
@@ -85,28 +86,33 @@ def train(
     resume: bool = False,
     quiet: bool = False,
     shard_items: bool = False,
+    device: torch.device | str = "cpu",
 ) -> Path:
     """Train a model on prepared data into the run folder ``out``; returns it.
 
     Ctrl-C ends after the step under way, with a checkpoint; ``resume`` goes on from the last one and gives the
     weights an uninterrupted run would have given (but for a time budget, which counts seconds), with another number of
     processes up to rounding. In the processes that torchrun starts, all must be called alike; the first one writes.
-    shard_items: each of them holds a part of the item table only.
+    shard_items: each of them holds a part of the item table only, which is built for CPUs. device: where this process
+    computes (`vista.devices.chosen_device`); the run folder is the same, and another device may go on with it.
     Raises StaleOutput when ``out`` holds a run and ``resume`` is not set, TrainingError for labels that never vary and
     for a loss that is not finite.
     """
     check_labels(data)
     processes = join_others()
-    trainer = _prepare(data, out, config, resume, processes, shard_items)
+    trainer = _prepare(data, out, config, resume, processes, shard_items, torch.device(device))
     trainer.run(quiet or not processes.is_first)
     processes.collect(None)  # what the first one wrote is there for all of them
     return out
 
 
 def _prepare(
-    data: PreparedData, out: Path, config: Config, resume: bool, processes: Processes, shard_items: bool
-) -> Trainer:
+    data: PreparedData, out: Path, config: Config, resume: bool, processes: Processes, shard_items: bool,
+    device: torch.device,
+) -> Trainer:  # fmt: skip
     """A trainer that is ready to run, from the beginning or from the run folder's checkpoint."""
+    if shard_items and device.type != "cpu":
+        raise ConfigError(f"--shard-items is built for CPUs, and the device is {device}; leave one of the two out")
     torch.manual_seed(config.train.seed)
     feeds, count_names = make_feeds(data, config)
     schema = ModelSchema.of(data.manifest, data.catalogue, count_names)
@@ -126,7 +132,7 @@ def _prepare(
                 write_popularity(out, *latest_table(data))
 
     processes.first(begin)
-    trainer = Trainer(model, feeds, config, out, processes)
+    trainer = Trainer(model.to(device), feeds, config, out, processes)
     if resume:
         trainer.restore()
         if trainer.position.data != data.manifest.fingerprint:
@@ -176,6 +182,7 @@ class Trainer:
 
     def __init__(self, model: Any, feeds: Feeds, config: Config, out: Path, processes: Processes | None = None) -> None:
         self.model, self.feeds, self.config, self.out = model, feeds, config, out
+        self.device = device_of(model)
         self.processes = processes or Processes()
         self.shards, self.sharded_names = shards_of(model)
         self.processes.spread(t for name, t in model.state_dict().items() if name not in self.sharded_names)
@@ -255,7 +262,8 @@ class Trainer:
         walk = TimelineWalk(self.feeds.train, settings.seed, processes.number)
         if self.position.walk is not None:
             walk.resume(self.position.walk)
-        with closing(ahead(sharer.steps(walk), settings.steps_ahead)) as steps:
+        there = (step.to(self.device) for step in sharer.steps(walk))
+        with closing(ahead(there, settings.steps_ahead)) as steps:
             for step in steps:
                 self.position.walk = step.position
                 if step.is_empty:
@@ -314,7 +322,7 @@ class Trainer:
     def _backward(self, portion: Portion) -> dict[str, float]:
         """Add a portion's gradients to those of the step; what its loss is made of."""
         step = portion.step
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.config.train.precision == "bfloat16"):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.train.precision == "bfloat16"):
             output = self.model(step.batch, self.carry.gather(step, self.model.init_memory(len(step.users))))
         loss, facts = self._loss(portion, output)
         if loss.requires_grad:
@@ -419,13 +427,13 @@ class Trainer:
 
     def save(self) -> None:
         """Write all that going on needs, in one atomic step: the first process for all of them."""
-        of_processes = self.processes.collect((self.carry.state(), torch.get_rng_state()))
+        of_processes = self.processes.collect((self.carry.state(), generator_states(self.device)))
         tensors = {f"model.{name}": t for name, t in self.model.state_dict().items()}
         tensors |= pack_optimizers(self.optimizers)
         tensors |= {f"average.{name}": t for name, t in self.average.state().items()}
-        for rank, (carried, generator) in enumerate(of_processes):
+        for rank, (carried, generators) in enumerate(of_processes):
             tensors |= {f"carry.{name}": t for name, t in carried.items()}
-            tensors["rng" + _suffix(rank)] = generator
+            tensors |= {f"{name}{_suffix(rank)}": t for name, t in generators.items()}
         facts = vars(self.position) | {"sums": self.sums, "steps_summed": self.steps_summed}
         self._write(self.out / "training.safetensors", tensors, facts)
 
@@ -441,11 +449,10 @@ class Trainer:
         load_weights(self.model, under("model.", tensors), path)
         unpack_optimizers(self.optimizers, tensors)
         self.average.load(under("average.", tensors))
-        self.carry.load(under("carry.", tensors), self._own_users())
-        rank, own = self.processes.rank, f"rng{_suffix(self.processes.rank)}"
-        if own in tensors:
-            torch.set_rng_state(tensors[own])
-        else:  # it was saved by fewer processes
+        self.carry.load(under("carry.", tensors), self._own_users(), self.device)
+        rank = self.processes.rank
+        saved = {name: tensors[name + _suffix(rank)] for name in GENERATORS if name + _suffix(rank) in tensors}
+        if not set_generators(saved, self.device):  # it was saved by fewer processes, or on another device
             torch.manual_seed(_seed_of(self.config.train.seed, rank, self.position.step))
 
     def _own_users(self) -> set[int]:

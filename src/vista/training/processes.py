@@ -1,8 +1,8 @@
 """The processes that train one model together: all hold the same weights and take the same steps, each computes its
 lanes.
 
-``torchrun`` starts them and says in the environment who is who. They talk through gloo; one process alone talks to
-nobody, and none of this costs it anything.
+``torchrun`` starts them and says in the environment who is who. They talk through gloo, and GPUs through nccl; one
+process alone talks to nobody, and none of this costs it anything.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from vista.errors import ConfigError, TrainingError, VistaError
 
 PATIENCE = timedelta(hours=6)  # of those that wait for one that writes; one that died is noticed by its connection
+BACKENDS = "cpu:gloo,cuda:nccl"  # tensors go the way of the device they are on
 NEEDED = ("RANK", "MASTER_ADDR", "MASTER_PORT")  # beside WORLD_SIZE: what torchrun sets
 
 Value = TypeVar("Value")
@@ -53,7 +54,7 @@ def join_others() -> Processes:
                 "with torchrun -m vista.cli.main train ..., or unset WORLD_SIZE to train in one"
             )
         with _others_may_end():
-            dist.init_process_group("gloo", timeout=PATIENCE)
+            dist.init_process_group(BACKENDS if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
         atexit.register(dist.destroy_process_group)
     return Processes(dist.get_rank(), dist.get_world_size())
 
@@ -130,7 +131,7 @@ class Processes:
         """
         if self.number == 1:
             return
-        has_gradient = torch.tensor([float(p.grad is not None) for p in dense])
+        has_gradient = torch.tensor([float(p.grad is not None) for p in dense], device=dense[0].device)
         flat = torch.cat([has_gradient, *(_gradient(p).flatten() for p in dense)])
         self._sum(flat)
         pieces = flat[len(dense) :].split([p.numel() for p in dense])
@@ -140,7 +141,7 @@ class Processes:
             self._sum_rows(table)
 
     def _sum_rows(self, table: nn.Parameter) -> None:
-        rows, values = torch.zeros(0, dtype=torch.int64), table.new_zeros(0, table.shape[1])
+        rows, values = table.new_zeros(0, dtype=torch.int64), table.new_zeros(0, table.shape[1])
         if table.grad is not None:
             gradient = table.grad.coalesce()
             rows, values = gradient.indices()[0], gradient.values()

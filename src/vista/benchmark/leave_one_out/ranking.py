@@ -59,7 +59,7 @@ def by_popularity(split: LeaveOneOut) -> Score:
 def by_model(split: LeaveOneOut, part: Part, model: NextItemModel, device: str) -> Score:
     """The scores of a model in evaluation mode."""
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def score(users: np.ndarray) -> np.ndarray:
         batch, _ = split.batch(users, part)
         scores: np.ndarray = (model(batch.to(device)) @ model.item_vectors().T).cpu().numpy()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from vista.catalogue import Catalogue, hash_ids, id_array
+from vista.checkpoint import ModelSchema
 from vista.errors import CheckpointError, DataError
 
 
@@ -48,6 +51,20 @@ def test_an_unknown_id_gets_its_bucket_alone_or_among_others():
     assert catalogue.encode(["abc", 50, "007"]).tolist() == alone
     assert all(1 <= index <= 4 for index in alone)
     assert catalogue.decode(np.array(alone)) == [None] * 3
+
+
+@pytest.mark.parametrize("key", ["1" * 5000, "-" + "1" * 5000, "٣", "--1", "-0", "1" * 19, str(2**63)])
+def test_text_that_is_no_integer_of_64_bits_is_an_unknown_id(key):
+    assert 1 <= int(integers([1, 2, 3]).encode([key])[0]) <= 4
+
+
+def test_one_long_id_does_not_make_all_others_long():
+    ids = ["a"] * 20_000 + ["b" * 1024]
+    tracemalloc.start()
+    assert id_array(ids).tolist() == ids
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4e6
 
 
 def test_hashes_are_fixed_for_all_time():
@@ -92,3 +109,12 @@ def test_a_file_that_is_no_catalogue_is_named(tmp_path):
     (tmp_path / "bad").write_bytes(b"no")
     with pytest.raises(CheckpointError, match="not a readable catalogue"):
         Catalogue.load(tmp_path / "bad")
+
+
+def test_an_action_is_the_same_however_it_is_spelled():
+    def schema(*actions: object) -> ModelSchema:
+        return ModelSchema(("click",), actions, (), "-")
+
+    assert schema(1.0, 2.5, 4.0).action_index([4, 4.0, "4", "4.0", 1, 2.5, "2.5", 3]) == [3, 3, 3, 3, 1, 2, 2, 0]
+    assert schema(0, 1).action_index([True, False, "1", 1.0, "True"]) == [2, 1, 2, 2, 0]
+    assert schema("1", "1.0").action_index(["1", "1.0"]) == [1, 2]

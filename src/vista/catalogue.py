@@ -8,7 +8,9 @@ Item index space, the same in prepared data, batches, models, checkpoints, store
 
 Exact identity and what a model may learn are kept apart: every catalogue item has an index of its own, but an item
 first seen after the training period shares the *embedding row* of an unknown bucket, as it would have if it had been
-unknown. So offline scores cannot be better than online ones.
+unknown. So offline scores cannot be better than online ones, but for one thing: of two new items in one bucket, what
+counts exactly (a sketch, "the same item") takes one for the other online, and tells them apart offline. Hence there are
+many more buckets than rows.
 
 Needs numpy and safetensors alone, so that a server can load it without any data tooling.
 """
@@ -17,6 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -30,7 +33,9 @@ from safetensors.numpy import save_file
 
 from vista.errors import CheckpointError, DataError
 
-DEFAULT_UNKNOWN_BUCKETS = 64  # few enough to be trained by rare items, enough that two new items rarely collide
+INTEGER = re.compile("0|-?[1-9][0-9]{0,18}")  # of 64 bits or so, as Python prints it: "007" is another id than 7
+DEFAULT_UNKNOWN_BUCKETS = 4096  # of a user's 40 new items, one in a hundred is taken for another
+UNKNOWN_ROWS = 64  # that all buckets share: nothing is learned of an item that nobody had met
 
 
 def hash_ids(ids: np.ndarray) -> np.ndarray:
@@ -58,7 +63,8 @@ def id_array(ids: Sequence[Any] | np.ndarray, mixed: bool = False) -> np.ndarray
     mixed: integers and strings may stand side by side, as in a request; they stay what they are. Raises DataError for
     a null or anything else that is neither, and for a mixture where none is allowed.
     """
-    array = np.asarray(ids) if len(ids) else np.empty(0, np.int64)
+    is_text = not isinstance(ids, np.ndarray) and any(isinstance(key, str) for key in ids)
+    array = np.empty(len(ids), np.int64 if not len(ids) else object) if is_text or not len(ids) else np.asarray(ids)
     if array.dtype.kind in "iu":
         return array.astype(np.int64)
     array = np.empty(len(ids), dtype=object)
@@ -77,7 +83,7 @@ class Catalogue:
 
     ids             (V,) int64, or object array of str; unique
     embedding_row   (I,) int32 per item index, I = 1 + num_unknown_buckets + V: the row of the embedding table.
-                    Row r < 1 + num_unknown_buckets is shared (padding, unknown buckets); rows above belong to one item.
+                    The first rows are shared (padding, unknown buckets, see ``unknown_rows``), each other one item's.
     features        (I, F) int32 per item index: categorical features, 0 = unknown
     feature_names   F names;  feature_sizes  F numbers of values, 0 included
     feature_values  F lists: the original value of each code from 1 on
@@ -113,8 +119,8 @@ class Catalogue:
 
     @property
     def num_rows(self) -> int:
-        """Rows of the embedding table: padding, unknown buckets, and the items known in training."""
-        return int(max(self.embedding_row.max(initial=0) + 1, self.first_item))
+        """Rows of the embedding table: padding, those of unknown buckets, and the items known in training."""
+        return int(self.embedding_row.max(initial=0)) + 1
 
     @property
     def feature_sizes(self) -> tuple[int, ...]:
@@ -209,6 +215,12 @@ class Catalogue:
         )
 
 
+def unknown_rows(num_unknown_buckets: int) -> np.ndarray:
+    """The embedding rows of padding and of the unknown buckets, (1 + num_unknown_buckets,) int32."""
+    bucket = np.arange(num_unknown_buckets, dtype=np.int32)
+    return np.concatenate([np.zeros(1, np.int32), 1 + bucket % UNKNOWN_ROWS])
+
+
 def _as_kind(ids: np.ndarray, kind: str) -> np.ndarray:
     """Ids as the catalogue spells them: 7 as "7" for a catalogue of strings, "7" as 7 for one of integers.
 
@@ -222,5 +234,4 @@ def _as_kind(ids: np.ndarray, kind: str) -> np.ndarray:
 
 
 def _as_integer(key: Any) -> Any:
-    is_integer = isinstance(key, str) and key.removeprefix("-").isdecimal() and str(int(key)) == key
-    return int(key) if is_integer else key
+    return int(key) if isinstance(key, str) and INTEGER.fullmatch(key) else key

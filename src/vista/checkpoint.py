@@ -38,7 +38,7 @@ from vista.errors import CheckpointError
 from vista.models.embeddings import ItemTables
 from vista.models.model import Model
 from vista.models.vista import SequenceModel, make_model
-from vista.schema import ContextColumn, Manifest
+from vista.schema import ContextColumn, Manifest, action_text
 
 POPULARITY = "popularity.safetensors"
 DTYPES = {
@@ -76,9 +76,10 @@ class ModelSchema:
         )
 
     def action_index(self, actions: list[Any]) -> list[int]:
-        """Action values to action indices; 0 for one that training never saw."""
+        """Action values to action indices; 0 for one that training never saw. 4, 4.0, "4" and "4.0" are one."""
         known = {str(value): index + 1 for index, value in enumerate(self.actions)}
-        return [known.get(str(value), 0) for value in actions]
+        known = {action_text(value): known[str(value)] for value in self.actions} | known
+        return [known.get(action_text(value), known.get(str(value), 0)) for value in actions]
 
 
 def build_model(

@@ -112,3 +112,10 @@ class Manifest:
             )
         values["context"] = tuple(ContextColumn(**column) for column in values["context"])
         return cls(**{**values, "tasks": tuple(values["tasks"]), "actions": tuple(values["actions"])})
+
+
+def action_text(value: Any) -> str:
+    """An action as text: one for 4 and 4.0, and for true and 1, whichever way a log or a request spells it."""
+    if isinstance(value, bool) or (isinstance(value, float) and value.is_integer()):
+        value = int(value)
+    return str(value)

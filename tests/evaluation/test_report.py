@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import math
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from rich.console import Console
 from tests.evaluation.worlds import scored_world, take
 from vista.errors import DataError, StaleOutput
 from vista.evaluation import report
+from vista.evaluation.evaluate import learning_curve
 from vista.evaluation.report import Evaluation, read_report, render_table, write_report
 from vista.evaluation.tables import Cell, Table, difference_table, group_runs, overview_table, slice_table
 
@@ -128,6 +131,14 @@ def test_numbers_in_markdown_are_those_measured(evaluations: list[Evaluation], t
     line = next(line for line in (folder / "report.md").read_text(encoding="utf-8").splitlines() if "vista" in line)
     values = [e.metrics["click"]["ne"] for e in evaluations[3:]]
     assert f"| **{np.mean(values):.4f} ± {np.std(values, ddof=1) / math.sqrt(3):.4f}** |" in line
+
+
+def test_a_learning_curve_has_each_step_once_and_survives_a_line_cut_in_two(tmp_path: Path) -> None:
+    """As after a loss of power, and after going on from a checkpoint older than the last validation."""
+    lines = [{"step": step, "validation_ne": ne} for step, ne in ((10, 0.9), (20, 0.8), (20, 0.7), (30, 0.6))]
+    text = "\n".join([*map(json.dumps, lines[:2]), '{"step": 20, "valid', *map(json.dumps, lines[2:])])
+    (tmp_path / "log.jsonl").write_text(text + "\n")
+    assert learning_curve(SimpleNamespace(folder=tmp_path)) == (lines[0], lines[2], lines[3])  # type: ignore[arg-type]
 
 
 def test_an_older_report_is_replaced(tmp_path: Path) -> None:

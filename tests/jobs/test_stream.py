@@ -169,6 +169,7 @@ def test_what_is_no_event_becomes_a_dead_letter_with_the_reason_and_stops_nothin
     DirectoryLog(tmp_path / "log").append(events)
     with (tmp_path / "log" / "0.jsonl").open("ab") as file:
         bad = [b"{", b"[1]", b"\xff\xfe", b"", b'{"user_id": 1}', b'{"user_id": 1, "item_id": 2, "timestamp": "soon"}']
+        bad += [b'{"user_id": 1, "item_id": "%s", "timestamp": 1700000000}' % (b"1" * 5_000)]
         bad += [b"x" * 300_000, b'{"user_id": true, "item_id": 2, "timestamp": 1700000000}']
         file.write(b"\n".join([*bad, b'{"user_id": 1, "item_id": 2, "timestamp": 5}', b""]))
     DirectoryLog(tmp_path / "log").append(events_of(6, 3, misorder=False))

@@ -10,6 +10,7 @@ import torch
 from tests.models.test_ranker import CONFIG, WIDTH, requests
 from vista.models.embeddings import ContextEncoder
 from vista.models.head import LEAST_DEVIATION, CountsEncoder, Head
+from vista.schema import ContextColumn
 
 NUM_COUNTS = 3
 
@@ -67,3 +68,11 @@ def test_the_logits_of_both_networks_are_added():
     joint = head(read, x, of)
     assert (both - joint).std() > 1e-3
     assert (joint - head(read, x.flip(1), of)).abs().max() > 1e-4
+
+
+def test_a_context_value_out_of_all_bounds_makes_no_logit_that_is_no_number():
+    """Online a mistake may be any float32."""
+    columns = tuple(ContextColumn(name, "number", 10.0, 2.0) for name in "abcdefgh")
+    encoder = ContextEncoder(columns)
+    x = torch.tensor([[[3.4e38] * 8, [-3.4e38] * 8, [float("inf")] * 8, [float("nan")] * 8, [12.0] * 8]])
+    assert encoder(x)[0, :, 0].tolist() == [100.0, -100.0, 100.0, 0.0, 1.0]

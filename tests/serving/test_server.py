@@ -10,7 +10,9 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -19,12 +21,19 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import vista.serving.recommend
 from tests.serving.server import Running, fill, running, saved_run
 from tests.serving.test_scorer import USERS
 from vista.checkpoint import Run
+from vista.errors import RecordError
+from vista.serving.events import EventWriter
+from vista.serving.lanes import Job
+from vista.serving.metrics import Metrics
 from vista.serving.options import Limits, ServeOptions
+from vista.serving.requests import PostedEvent
 from vista.serving.scorer import Scorer
 from vista.store.contract import SummaryStore, open_store
+from vista.store.record import user_key
 
 AT, AT_US = "2033-05-18T03:33:20Z", 2_000_000_000_000_000
 LIMITS = Limits(max_candidates=500, max_events=50, max_body_bytes=20_000, timeout_s=5.0)
@@ -163,6 +172,21 @@ def test_a_recommendation_is_the_best_of_all_items(served):
     assert wanted
 
 
+def test_items_that_filters_leave_are_all_scored_where_they_are_few(tmp_path, monkeypatch):
+    """However few items the first stage lets through."""
+    monkeypatch.setattr(vista.serving.recommend, "NUM_FIRST", 1)
+    monkeypatch.setattr(vista.serving.recommend, "NUM_NEIGHBOURS", 1)
+    with serving(tmp_path, limits=replace(LIMITS, max_exact_items=10)) as served:
+        few = served.post("/v1/recommend", {"user": "nobody", "k": 40, "at": AT}).json()
+        ids = served.run.catalogue.ids.tolist()
+        filters = {"exclude": ids[10:]}
+        found = served.post("/v1/recommend", {"user": "nobody", "k": 40, "at": AT, "filters": filters}).json()
+    assert len(few["items"]) < 10
+    assert {one["item"] for one in found["items"]} == set(ids[:10])
+    assert found["is_exact"]
+    assert not few["is_exact"]
+
+
 def test_the_first_stage_lets_the_best_items_through(tmp_path):
     limits = Limits(max_exact_items=0, timeout_s=5.0)
     with serving(tmp_path, limits=limits) as served:
@@ -277,6 +301,33 @@ def test_what_is_too_much_is_refused(served):
     events = [{"user": 1, "item": 1, "at": AT}] * 51
     assert served.post("/v1/events", {"events": events}).status_code == 413
     assert served.post("/v1/recommend", {"user": 1, "k": 10**30}).status_code == 400
+    for filters in ({"exclude": [1] * 501}, {"category": {"category": ["a"] * 501}}):
+        answer = served.post("/v1/recommend", {"user": 1, "k": 1, "filters": filters})
+        assert answer.status_code == 413
+        assert "the most is 500" in answer.json()["error"]
+
+
+def test_a_damaged_record_fails_its_own_post_alone(tmp_path):
+    """And what the posts beside it are told is what became of them."""
+    run = saved_run(tmp_path / "run")
+    jobs = [
+        Job([PostedEvent(user, 1, AT_US - 10**15, None, event_id)], 0.0)
+        for user, event_id in (("good", None), ("broken", "e1"), ("fine", "e2"))
+    ]
+    with open_store(str(tmp_path / "store")) as store:
+        store.begin_version(run.version, 4, 12, 1)
+        store.commit([("state", user_key("broken"), b"garbage" * 20)], run.version)
+        model = SimpleNamespace(run=run, scorer=Scorer(run, store), version=run.version)
+        EventWriter(SimpleNamespace(model=model, store=store), Metrics()).write(jobs)
+    assert [jobs[i].answer.result().outcomes for i in (0, 2)] == [["applied"], ["applied"]]
+    assert isinstance(jobs[1].answer.exception(), RecordError)
+
+
+@pytest.mark.parametrize("action", [2.0, True, 1, "b", None, -0.5])
+def test_an_action_is_posted_as_a_log_has_it(served, action):
+    event = {"user": f"actor {action!r}", "item": 1, "at": "2026-01-01T00:00:00Z", "action": action}
+    answer = served.post("/v1/events", {"events": [event]})
+    assert answer.json()["outcomes"] == ["applied"], answer.text
 
 
 def test_one_wrong_event_refuses_the_post_as_a_whole(served):

@@ -165,6 +165,24 @@ def test_a_loss_that_is_not_finite_is_named(data, tmp_path):
         )
 
 
+def test_a_gradient_that_is_not_finite_is_named_before_it_is_taken(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda parameters, most: torch.tensor(float("inf")))
+    with pytest.raises(TrainingError, match=r"the gradient is inf long at step 1, .*lower dense_lr"):
+        train(data, tmp_path / "run", config(), quiet=True)
+
+
+def test_what_is_resumed_may_go_on_longer_and_nothing_else(data, tmp_path):
+    train(data, tmp_path / "run", config(train__max_steps=2), quiet=True)
+    train(data, tmp_path / "run", config(train__max_steps=4), resume=True, quiet=True)
+    assert read_tensors(tmp_path / "run" / "training.safetensors")[1]["step"] == 4
+    assert load_run(tmp_path / "run").config.train.max_steps == 4
+    for name, value in {"train.seed": 7, "train.users_per_step": 3, "model.width": 24}.items():
+        other = config(train__max_steps=6, **{name.replace(".", "__"): value})
+        with pytest.raises(CheckpointError, match=f"was started with {name} .*, and {value} is asked for"):
+            train(data, tmp_path / "run", other, resume=True, quiet=True)
+    assert read_tensors(tmp_path / "run" / "training.safetensors")[1]["step"] == 4
+
+
 def test_a_run_folder_is_not_overwritten(data, tmp_path):
     train(data, tmp_path / "run", config(train__max_steps=2), quiet=True)
     with pytest.raises(StaleOutput, match="--resume"):

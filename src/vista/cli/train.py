@@ -15,13 +15,15 @@ def train(
     data: Annotated[Path, typer.Argument(help="Prepared data folder (vista prepare).")],
     out: Annotated[Path, typer.Option(help="Run folder to write.")],
     model: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="vista; recent (no summary), counts (no sequence model); mean, din, sim, twin, sasrec, hstu (the "
-            "field's). With +counts behind it, as in vista+counts, exact counts are read as well."
+            help="vista (default); recent (no summary), counts (no sequence model); mean, din, sim, twin, sasrec, hstu "
+            "(the field's). With +counts behind it, as in vista+counts, exact counts are read as well."
         ),
-    ] = "vista",
-    size: Annotated[str, typer.Option(help="tiny, small or base: one dial for all widths.")] = "small",
+    ] = None,
+    size: Annotated[
+        str | None, typer.Option(help="tiny, small or base: one dial for all widths; default: small.")
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file with tables [model] and [train].")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of weights and of the order of users.")] = None,
     max_steps: Annotated[int | None, typer.Option(help="Optimizer steps at most.")] = None,
@@ -37,7 +39,13 @@ def train(
     shard_items: Annotated[
         bool, typer.Option("--shard-items", help="Under torchrun: each process holds a part of the item table only.")
     ] = False,
-    resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint of the run folder.")] = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            help="Go on from the last checkpoint of the run folder, with its settings; how long, as in --max-steps, "
+            "may be said anew."
+        ),
+    ] = False,
 ) -> None:
     """Train a model on prepared data. Ctrl-C keeps a checkpoint; --resume goes on from it.
 
@@ -46,7 +54,7 @@ def train(
     import torch
 
     from vista.checkpoint import load_description, load_run
-    from vista.config import parse_overrides, resolve
+    from vista.config import apply, parse_overrides, resolve
     from vista.data.histories import PreparedData
     from vista.devices import chosen_device
     from vista.training.loop import train as run_training
@@ -55,13 +63,13 @@ def train(
     place = chosen_device(device)
     if threads is not None:
         torch.set_num_threads(threads)
-    if resume:
-        resolved = load_description(out)[0]
+    given = {"model.model": model, "train.seed": seed, "train.max_steps": max_steps, "train.max_epochs": max_epochs,
+             "train.time_budget_s": time_budget_s}  # fmt: skip
+    chosen = {key: value for key, value in given.items() if value is not None} | parse_overrides(overrides or [])
+    if resume and size is None and config is None:
+        resolved = apply(load_description(out)[0], chosen, "the command line")
     else:
-        given = {"model.model": model, "train.seed": seed, "train.max_steps": max_steps,
-                 "train.max_epochs": max_epochs, "train.time_budget_s": time_budget_s}  # fmt: skip
-        chosen = {key: value for key, value in given.items() if value is not None}
-        resolved = resolve(size, config, chosen | parse_overrides(overrides or []))
+        resolved = resolve(size or "small", config, chosen)
     try:
         run_training(PreparedData.open(data), out, resolved, resume, shard_items=shard_items, device=place)
     except KeyboardInterrupt:

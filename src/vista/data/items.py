@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from vista.catalogue import Catalogue
+from vista.catalogue import Catalogue, unknown_rows
 from vista.data.tables import Table, place_of, read_table
 from vista.errors import ConfigError, DataError, nearest
 
@@ -170,11 +170,12 @@ def build_catalogue(
         reserved = np.zeros((first, *values.shape[1:]), values.dtype)
         return np.concatenate([reserved, values[order]])
 
+    shared = unknown_rows(num_unknown_buckets)
     names = tuple(features.categories)
     columns = [by_index(features.categories[name]) for name in names]
     catalogue = Catalogue(
         ids=ordered_ids,
-        embedding_row=np.arange(first + len(ids), dtype=np.int32),
+        embedding_row=np.concatenate([shared, np.zeros(len(ids), np.int32)]),
         num_unknown_buckets=num_unknown_buckets,
         features=np.column_stack(columns) if columns else np.zeros((0, 0), np.int32),
         feature_names=names,
@@ -182,6 +183,6 @@ def build_catalogue(
         vectors={name: by_index(vectors) for name, vectors in features.vectors.items()},
     )
     own = is_own[order]
-    rows = np.where(own, first - 1 + np.cumsum(own), catalogue.unknown_index(ordered_ids)).astype(np.int32)
+    rows = np.where(own, shared.max() + np.cumsum(own), shared[catalogue.unknown_index(ordered_ids)])
     catalogue.embedding_row[first:] = rows
     return catalogue, item_index

@@ -112,9 +112,19 @@ def describe(data: PreparedData, split: str, impressions: Impressions) -> dict[s
 
 
 def learning_curve(run: Run) -> tuple[dict[str, float], ...]:
-    """The validations of a run's training, from its log."""
+    """The validations of a run's training, from its log, each step once: a run that was resumed may have one again.
+
+    A line that cannot be read, such as one cut by a loss of power, is left out.
+    """
     path = run.folder / "log.jsonl"
-    return tuple(json.loads(line) for line in path.read_text().splitlines()) if path.exists() else ()
+    found: dict[int, dict[str, float]] = {}
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+        try:
+            values = json.loads(line)
+            found[int(values["step"])] = values
+        except (ValueError, TypeError, KeyError):
+            continue
+    return tuple(found[step] for step in sorted(found))
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ from vista.jobs.sources.contract import LONGEST_VALUE, Entry
 from vista.updates.apply import NewEvents
 
 LARGEST_INTEGER = 2**63 - 1
+LONGEST_ID_BYTES = 1024  # as a server takes them
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 FACTORS = ((LARGEST_SECONDS, 1_000_000), (LARGEST_SECONDS * 1000, 1_000), (LARGEST_SECONDS * 1_000_000, 1))
 
@@ -88,6 +89,8 @@ def _id(found: dict[str, Any], name: str) -> Any:
         raise NoEvent(f"no {name}" if value is None else f"{name} {_short(value)} is not an integer or a string")
     if isinstance(value, str) and not _is_text(value):
         raise NoEvent(f"{name} {_short(value)} is not Unicode text")
+    if isinstance(value, str) and len(value.encode()) > LONGEST_ID_BYTES:
+        raise NoEvent(f"{name} {_short(value)} is longer than {LONGEST_ID_BYTES} bytes")
     return value
 
 

@@ -21,6 +21,7 @@ from vista.schema import NUM_CONTEXT_BUCKETS, ContextColumn
 HOUR_US = 3600 * US_PER_S
 GAP_BUCKETS = 34  # 0: no event before; 1 + floor(log2(1 + seconds)), the last for 2^32 s (136 years) and more
 ITEM_SCALE = 1.0  # standard deviation of a fresh item vector's entries
+MOST_DEVIATIONS = 100.0  # a value beyond it is a mistake, and must not make a logit that is no number
 CONTEXT_CATEGORY_WIDTH = 8  # of the vector of a categorical context value
 SIDE_SCALE = 0.1  # of everything added to it: small, so that at first equal items look equal
 
@@ -135,7 +136,8 @@ def gap_bucket(gap_us: Tensor) -> Tensor:
 class ContextEncoder(nn.Module):
     """Context columns (..., X) as prepared data holds them to (..., width): numbers standardised, categories embedded.
 
-    NaN stands for not given: the mean of a number, a vector of its own for a category.
+    NaN stands for not given: the mean of a number, a vector of its own for a category. A number further than
+    MOST_DEVIATIONS from the mean counts as that far.
     """
 
     mean: Tensor
@@ -159,7 +161,8 @@ class ContextEncoder(nn.Module):
     def forward(self, context: Tensor) -> Tensor:
         parts = [context[..., :0]]
         if self.numbers:
-            parts.append(((context[..., self.numbers] - self.mean) / self.std).nan_to_num(0.0))
+            deviation = (context[..., self.numbers] - self.mean) / self.std
+            parts.append(deviation.nan_to_num(0.0).clamp(-MOST_DEVIATIONS, MOST_DEVIATIONS))
         if self.categories:
             buckets = context[..., self.categories].nan_to_num(NUM_CONTEXT_BUCKETS).long()
             parts += [table(bucket) for table, bucket in zip(self.tables, buckets.unbind(-1), strict=True)]

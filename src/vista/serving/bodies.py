@@ -105,11 +105,15 @@ def schemas() -> dict[str, Schema]:
 
 def _asked() -> dict[str, Schema]:
     at, own_id = or_null(AT, "Now where left out."), or_null(ID)
+    action = own_id | {
+        "type": ["integer", "number", "boolean", "string", "null"],
+        "description": "As in the event log.",
+    }
     ranking = leaving(obj(
         user=ID, candidates=many(ID, "A server has a limit of its own.") | {"minItems": 1}, at=at,
         context=or_null(said(ANYTHING, "By column, one value for all candidates or one each.")),
     ), "at", "context")  # fmt: skip
-    event = leaving(obj(user=ID, item=ID, at=AT, action=own_id, event_id=own_id), "action", "event_id")
+    event = leaving(obj(user=ID, item=ID, at=AT, action=action, event_id=own_id), "action", "event_id")
     filters = leaving(obj(
         exclude_seen=or_null(YES_NO), exclude=or_null(many(ID)),
         category=or_null({"type": "object", "additionalProperties": many(ID) | {"minItems": 1}}),

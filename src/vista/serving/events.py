@@ -31,34 +31,49 @@ class EventWriter:
         self._deployment, self._metrics = deployment, metrics
 
     def write(self, jobs: list[Job[list[PostedEvent]]]) -> None:
-        """The work of a lane: one commit for all posts, or, where a user's record is damaged, one each."""
+        """The work of a lane: one commit for all posts. Where a user's record is damaged, that post fails alone."""
         model = self._deployment.model
-        try:
-            outcomes = self._apply(model, [event for job in jobs for event in job.ask])
-        except RecordError as error:
-            if len(jobs) == 1:
-                jobs[0].answer.set_exception(error)
-            else:
-                for job in jobs:
-                    self.write([job])
-            return
-        for code, number in enumerate(np.bincount(outcomes, minlength=len(OUTCOMES)).tolist()):
-            self._metrics.events.labels(OUTCOMES[code]).inc(number)
-        words = iter([OUTCOMES[code] for code in outcomes])
-        for job in jobs:
-            job.answer.set_result(Posted([next(words) for _ in job.ask], model.version))
+        outcomes: list[list[int]] = [[] for _ in jobs]
+        failed: dict[int, RecordError] = {}
+        rows = [(number, event) for number, job in enumerate(jobs) for event in job.ask]
+        # repeats of events with an id and of those without are told by different rules: each change is another commit
+        for has_id, group in groupby(rows, lambda row: row[1].event_id is not None):
+            together = [row for row in group if row[0] not in failed]
+            if not together:
+                continue
+            try:
+                done = self._apply(model, [event for _, event in together], has_id)
+            except RecordError:
+                done = self._apply_by_job(model, together, has_id, failed)
+            for (number, _), outcome in zip(together, done, strict=True):
+                outcomes[number].append(outcome)
+        for number, (job, mine) in enumerate(zip(jobs, outcomes, strict=True)):
+            if number in failed:
+                job.answer.set_exception(failed[number])
+                continue
+            for outcome in mine:
+                self._metrics.events.labels(OUTCOMES[outcome]).inc()
+            job.answer.set_result(Posted([OUTCOMES[outcome] for outcome in mine], model.version))
 
-    def _apply(self, model: Model, events: list[PostedEvent]) -> list[int]:
-        """Outcomes of events in order of arrival.
-
-        Repeats of events with an id and of those without are told by different rules, so a change from one to the
-        other begins another commit.
-        """
+    def _apply_by_job(
+        self, model: Model, rows: list[tuple[int, PostedEvent]], has_id: bool, failed: dict[int, RecordError]
+    ) -> list[int]:
+        """Outcomes of rows (job, event), each job's applied by themselves; jobs that fail are put into ``failed``."""
         outcomes: list[int] = []
+        for number, group in groupby(rows, lambda row: row[0]):
+            events = [event for _, event in group]
+            try:
+                outcomes += self._apply(model, events, has_id)
+            except RecordError as error:
+                failed[number] = error
+                outcomes += [-1] * len(events)
+        return outcomes
+
+    def _apply(self, model: Model, events: list[PostedEvent], has_id: bool) -> list[int]:
+        """Outcomes of events in order of arrival."""
         try:
-            for has_id, group in groupby(events, lambda event: event.event_id is not None):
-                done = apply_events(model.run, self._deployment.store, new_events(list(group), has_id))
-                outcomes += done.outcome.tolist()
+            done = apply_events(model.run, self._deployment.store, new_events(events, has_id))
+            return done.outcome.tolist()
         except RecordError:
             raise
         except ConfigError as error:
@@ -69,7 +84,6 @@ class EventWriter:
         finally:
             if model.scorer.cache is not None:
                 model.scorer.cache.forget({user_key(event.user) for event in events})
-        return outcomes
 
 
 def new_events(events: list[PostedEvent], has_id: bool) -> NewEvents:

@@ -120,7 +120,7 @@ class Handlers:
 
     async def recommend(self, request: Request) -> Response:
         deadline_s = self._deadline_s(request)
-        ask = recommend_ask(await self._body(request, deadline_s))
+        ask = recommend_ask(await self._body(request, deadline_s), self._service.limits)
         found = await self._service.recommend(ask, deadline_s)
         _facts(request).update(num_scored=found.num_scored, model_version=found.model.version)
         return json_response(answers.recommended(found, ask))

@@ -51,12 +51,12 @@ class Recommender:
         self.model = model
         catalogue = model.run.catalogue
         self._first, self._num_items = catalogue.first_item, catalogue.num_items
-        self._is_exact = self._num_items <= limits.max_exact_items
+        self._max_exact_items = limits.max_exact_items
         self._lock = threading.Lock()
         self._vectors: torch.Tensor | None = None
         self._cold: np.ndarray | None = None
 
-    def choice(self, filters: Filters) -> np.ndarray:
+    def _choice(self, filters: Filters) -> np.ndarray:
         """Which items may be recommended, (V,) bool. Raises RequestError for a feature or value that is not there."""
         catalogue = self.model.run.catalogue
         allowed = np.ones(self._num_items, bool)
@@ -79,18 +79,22 @@ class Recommender:
         return allowed
 
     def recommend(
-        self, summaries: UserSummaries, ask: RecommendAsk, allowed: np.ndarray, is_degraded: bool, deadline_s: float
+        self, summaries: UserSummaries, ask: RecommendAsk, is_degraded: bool, deadline_s: float
     ) -> Recommended:
-        """The best ``ask.k`` of the items allowed. Raises RequestError when the deadline passes on the way."""
+        """The best ``ask.k`` of the items that its filters allow.
+
+        Raises RequestError for a feature or value that is not there, and when the deadline passes on the way.
+        """
+        allowed = self._choice(ask.filters)
         if ask.filters.exclude_seen:
-            allowed = allowed.copy()
             allowed[self._named(summaries)] = False
-        considered = allowed if self._is_exact else allowed & self._first_stage(summaries, ask.at_us)
+        is_exact = int(allowed.sum()) <= self._max_exact_items  # as many as filters leave
+        considered = allowed if is_exact else allowed & self._first_stage(summaries, ask.at_us)
         index = np.flatnonzero(considered) + self._first
         probability = self._score(summaries, index, ask.at_us, deadline_s)
         best = np.argsort(-probability[:, 0], kind="stable")[: ask.k]
         return Recommended(
-            self.model, index[best], probability[best], len(index), self._is_exact,
+            self.model, index[best], probability[best], len(index), is_exact,
             bool(summaries.is_known[0]), int(summaries.num_events[0]), int(summaries.as_of_us[0]), is_degraded,
         )  # fmt: skip
 

@@ -140,24 +140,25 @@ def _event(given: Any, place: str) -> PostedEvent:
     found = fields_of(given, ("user", "item", "at"), ("action", "event_id"), place)
     if found["at"] is None:
         raise RequestError(f"{place}.at is null; give the time of the event")
-    action, event_id = (
-        None if found.get(name) is None else read_id(found[name], f"{place}.{name}") for name in ("action", "event_id")
-    )
+    event_id = None if found.get("event_id") is None else read_id(found["event_id"], f"{place}.event_id")
+    action = found.get("action")
+    if action is not None and not isinstance(action, bool | float):  # a log may have either, and so a run
+        action = read_id(action, f"{place}.action")
     user, item = (read_id(found[name], f"{place}.{name}") for name in ("user", "item"))
     return PostedEvent(user, item, read_at(found["at"], f"{place}.at"), action, event_id)
 
 
-def recommend_ask(body: bytes) -> RecommendAsk:
+def recommend_ask(body: bytes, limits: Limits) -> RecommendAsk:
     """Raises RequestError."""
     given = fields_of(parse_json(body), ("user", "k"), ("at", "filters"))
     k = given["k"]
     if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= MAX_K:
         raise RequestError(f"k is {shown(k)}; give an integer from 1 to {MAX_K}")
-    filters = _filters({} if given.get("filters") is None else given["filters"])
+    filters = _filters({} if given.get("filters") is None else given["filters"], limits)
     return RecommendAsk(read_id(given["user"], "user"), k, read_at(given.get("at"), "at"), filters)
 
 
-def _filters(given: Any) -> Filters:
+def _filters(given: Any, limits: Limits) -> Filters:
     found = fields_of(given, (), ("exclude_seen", "exclude", "category"), "filters")
     exclude_seen, exclude, category = (
         default if found.get(name) is None else found[name]
@@ -167,12 +168,14 @@ def _filters(given: Any) -> Filters:
         raise RequestError(f"filters.exclude_seen is {shown(exclude_seen)}; give true or false")
     if not isinstance(exclude, list):
         raise RequestError(f"filters.exclude is {shown(exclude)}; give a list of item ids")
+    check_number(len(exclude), limits.max_candidates, "items in filters.exclude")
     check_ids(exclude, "filters.exclude")
     if not isinstance(category, dict):
         raise RequestError(f"filters.category is {shown(category)}; give an object, a list of values per feature")
     for name, values in category.items():
         if not isinstance(values, list) or not values:
             raise RequestError(f"filters.category, {shown(name)}: {shown(values)}; give a list of values")
+        check_number(len(values), limits.max_candidates, f"values in filters.category, {shown(name)}")
         check_ids(values, f"filters.category, {shown(name)}")
     return Filters(exclude_seen, exclude, category)
 

@@ -177,11 +177,10 @@ class Service:
         recommender = self._recommender
         if recommender is None or recommender.model is not self.model:
             self._recommender = recommender = Recommender(self.model, self.limits)
-        chosen = recommender.choice(ask.filters)
 
         def work() -> Recommended:
             summaries, is_degraded = self._read(recommender.model, [ask.user])
-            return recommender.recommend(summaries, ask, chosen, is_degraded, deadline_s)
+            return recommender.recommend(summaries, ask, is_degraded, deadline_s)
 
         found: Recommended = await answer_of(self._recommend.submit(work, deadline_s), deadline_s)
         return found

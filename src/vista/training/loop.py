@@ -15,7 +15,7 @@ import math
 import time
 from collections.abc import Generator
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from vista.checkpoint import (
     write_in_parts,
     write_popularity,
     write_tensors,
+    write_text,
 )
 from vista.config import Config, TrainConfig
 from vista.data.histories import PreparedData
@@ -55,6 +56,11 @@ from vista.training.processes import Processes, join_others
 from vista.training.sharded import build_sharded, shards_of
 from vista.training.state import pack_optimizers, stop_on_interrupt, under, unpack_optimizers
 
+# What a run that is resumed may have otherwise than it began: how long it goes on, and what changes no step.
+CHANGEABLE = (
+    "max_steps", "max_epochs", "time_budget_s", "patience", "validate_every_steps", "checkpoint_every_s", "steps_ahead",
+    "portions_per_step",
+)  # fmt: skip
 FACTS = ("log_loss", "reconstruction", "auxiliary_log_loss", "loss")  # of a step; a model need not have all
 
 
@@ -92,7 +98,8 @@ def train(
 
     Ctrl-C ends after the step under way, with a checkpoint; ``resume`` goes on from the last one and gives the
     weights an uninterrupted run would have given (but for a time budget, which counts seconds), with another number of
-    processes up to rounding. In the processes that torchrun starts, all must be called alike; the first one writes.
+    processes up to rounding; of its settings those in CHANGEABLE may be others. In the processes that torchrun starts,
+    all must be called alike; the first one writes.
     shard_items: each of them holds a part of the item table only, which is built for CPUs. device: where this process
     computes (`vista.devices.chosen_device`); the run folder is the same, and another device may go on with it.
     Raises StaleOutput when ``out`` holds a run and ``resume`` is not set, TrainingError for labels that never vary and
@@ -124,6 +131,7 @@ def _prepare(
     def begin() -> None:
         if resume:
             _check_run(out, config, schema)
+            write_text(out / "config.json", config.to_json())
         elif (out / "config.json").exists():
             raise StaleOutput(f"{out} already holds a run; add --resume to go on with it, or choose another --out")
         else:
@@ -147,10 +155,16 @@ def _prepare(
 
 
 def _check_run(out: Path, config: Config, schema: ModelSchema) -> None:
-    """Raise CheckpointError where a run folder was started with another model or on other data."""
+    """Raise CheckpointError where a run folder was started with other settings or on other data."""
     saved, saved_schema, _ = load_description(out)
-    if saved.model != config.model:
-        raise CheckpointError(f"{out}: was started with another model config; resume with the same settings")
+    for part, free in (("model", ()), ("train", CHANGEABLE)):
+        before, now = (asdict(getattr(whole, part)) for whole in (saved, config))
+        for name in sorted(before.keys() - set(free)):
+            if before[name] != now[name]:
+                raise CheckpointError(
+                    f"{out}: was started with {part}.{name} {before[name]!r}, and {now[name]!r} is asked for; resume "
+                    f"with the same settings (only {', '.join(CHANGEABLE)} may change), or train into another --out"
+                )
     if saved_schema != schema:
         raise CheckpointError(f"{out}: was started on other data, or another preparation of it; resume with that")
 
@@ -309,7 +323,13 @@ class Trainer:
         if self.shards:
             self.shards.push()
         self.processes.sum_gradients(dense, [] if self.shards else [p for table in tables for p in table])
-        nn.utils.clip_grad_norm_(dense, settings.clip_norm)
+        length = float(nn.utils.clip_grad_norm_(dense, settings.clip_norm))
+        if not math.isfinite(length):
+            raise TrainingError(
+                f"the gradient is {length} long at step {self.position.step + 1}, the loss {facts['loss']:.3g}: lower "
+                f"dense_lr ({settings.dense_lr}), or look for absurd context values; the last good weights are in "
+                f"{self.out}"
+            )
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

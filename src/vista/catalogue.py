@@ -92,7 +92,7 @@ class Catalogue:
 
     ids: np.ndarray
     embedding_row: np.ndarray
-    num_unknown_buckets: int = DEFAULT_UNKNOWN_BUCKETS
+    num_unknown_buckets: int = UNKNOWN_ROWS
     features: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.int32))
     feature_names: tuple[str, ...] = ()
     feature_values: tuple[tuple[Any, ...], ...] = ()

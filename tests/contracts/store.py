@@ -135,7 +135,9 @@ class StoreContract:
                 store.commit([*writes(b"b"), second], V1, provided)
         assert store.get_many("state", [b"a", b"b"], V1) == [writes(b"a")[1][2], None]
         assert store.get_many("position", [b"log"], V1) == [b"first"]
-        store.commit([second], V1, [first])  # compare and set
+        with pytest.raises(Superseded, match="it was not done"):
+            store.commit([second], V1, [("position", b"log", None)])
+        store.commit([second], V1, [first, ("position", b"nobody", None)])  # compare and set
         assert store.get_many("position", [b"log"], V1) == [b"second"]
 
     def test_a_commit_is_all_or_nothing(self, store):

@@ -32,6 +32,7 @@ from vista.models.batch import flatten
 from vista.models.inputs import Events
 from vista.store.contract import open_store
 from vista.store.record import KINDS, unpack, user_key
+from vista.updates.apply import NewEvents, apply_events
 from vista.updates.stored import load_states
 
 
@@ -159,6 +160,35 @@ def test_states_are_those_of_the_model_alone(tmp_path, dead):
             pairs = zip(flatten(found.memory), flatten(state.memory), strict=True)
             assert all(torch.equal(a, b) for a, b in pairs)
             assert torch.equal(found.recent.gap_us, state.recent.gap_us)
+
+
+def test_events_that_others_post_meanwhile_are_kept(tmp_path, dead):
+    """As by a server that takes events of the same users between a stream's reading of a state and its writing."""
+    source, store, events = f"dir:{tmp_path / 'log'}", f"memory:{tmp_path}", events_of(4, 60, misorder=False, ids=False)
+    DirectoryLog(tmp_path / "log").append(events)
+    options = StreamOptions(dead, until_end=True, begin=True, quiet=True, max_events=7)
+    with open_source(source) as log, open_store(store) as opened:
+        made = Stream(RUN, opened, log, options)
+        commit, posted = opened.commit, []
+
+        def beaten(writes, version, provided=()):
+            users = [key for kind, key, _ in writes if kind == "state"]
+            if users and len(posted) % 2 == 0:
+                [blob] = opened.get_many("state", users[:1], version)
+                at = np.array([START_US if blob is None else unpack(blob).as_of_us])
+                opened.commit = commit
+                apply_events(RUN, opened, NewEvents([int(users[0].decode().removeprefix("i:"))], [1], at))
+                opened.commit = beaten
+            posted.extend(users[:1])
+            commit(writes, version, provided)
+
+        opened.commit = beaten
+        report = made.go()
+        opened.commit = commit
+        states = load_states(RUN.sequence_model, opened, list(range(5)), VERSION).tracked.state
+    assert report.counts["applied"] == 60
+    assert len(posted) > 15
+    assert int(states.progress.num_events.sum()) == 60 + -(-len(posted) // 2)
 
 
 # -- what cannot be applied

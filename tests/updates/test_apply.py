@@ -6,6 +6,7 @@ and a matrix product of another height may round its rows differently; so 2e-5, 
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,7 +23,7 @@ from vista.catalogue import Catalogue
 from vista.checkpoint import ModelSchema, Run
 from vista.config import Config
 from vista.data.sort import _is_duplicate
-from vista.errors import ConfigError, DataError
+from vista.errors import ConfigError, DataError, Superseded
 from vista.jobs.fold import summarize_users
 from vista.jobs.replay import MemoryLog
 from vista.models.batch import unflatten
@@ -38,6 +39,7 @@ from vista.updates.apply import (
     APPLIED,
     BAD_CLOCK,
     DUPLICATE,
+    MOST_TRIES,
     REPLAYED,
     SORTED_IN,
     TOO_LATE,
@@ -85,8 +87,9 @@ class MemoryStore:
     def __init__(self) -> None:
         self.records: dict[tuple[str, bytes], bytes] = {}
 
-    def commit(self, writes, version: str) -> None:
+    def commit(self, writes, version: str, provided=()) -> None:
         assert version == VERSION
+        assert all(self.records.get((kind, key)) == blob for kind, key, blob in provided)
         self.records |= {(kind, key): blob for kind, key, blob in writes}
 
     def get_many(self, kind: str, user_keys, version: str) -> list[bytes | None]:
@@ -630,7 +633,12 @@ def test_a_border_record_is_written_when_a_segment_closes_and_not_with_every_eve
     log = ordered_log(4 * S)
     store, written = MemoryStore(), []
     commit = store.commit
-    store.commit = lambda writes, version: (written.append([w[0] for w in writes]), commit(writes, version))  # type: ignore[method-assign]
+
+    def watched(writes, version, provided):
+        written.append([kind for kind, *_ in writes])
+        commit(writes, version, provided)
+
+    store.commit = watched
     for i in range(4 * S):
         apply_events(RUN, store, log.part([i]), UpdateOptions(None, Spacing(), CLOCK))
     assert [i for i, kinds in enumerate(written) if "border" in kinds] == [2 * S - 1, 3 * S - 1, 4 * S - 1]
@@ -693,3 +701,42 @@ def test_many_users_at_once_in_lmdb(tmp_path):
 def test_the_catalogue_of_these_tests_is_a_catalogue():
     assert isinstance(RUN.catalogue, Catalogue)
     assert RUN.catalogue.first_item == FIRST_ITEM
+
+
+# -- several writers
+
+
+@pytest.mark.parametrize("url", ["memory:NAME", "NAME"])
+def test_no_event_of_several_writers_is_lost(tmp_path, url):
+    """As from several servers of one store: each reads a state, changes it, and writes it back."""
+    url = url.replace("NAME", str(tmp_path / "store"))
+    with open_store(url) as store:
+        store.begin_version(VERSION, 4, 12, 1)
+
+        def write(number: int) -> list[int]:
+            outcomes = []
+            for place in range(8):
+                at = np.array([START_US, START_US + place * SECOND], np.int64)
+                events = NewEvents([0, number], [1 + number, 2], at, None, [f"{number} {place}", f"{number} {place} b"])
+                outcomes += apply_events(RUN, store, events, UpdateOptions(clock=CLOCK)).outcome.tolist()
+            return outcomes
+
+        with ThreadPoolExecutor(4) as pool:
+            outcomes = [outcome for found in pool.map(write, range(1, 5)) for outcome in found]
+        state = load_states(RUN.sequence_model, store, [0, 1, 2, 3, 4, 5], VERSION).tracked.state
+    assert outcomes.count(BAD_CLOCK) == outcomes.count(TOO_LATE) == 0
+    assert state.progress.num_events.tolist() == [32, 8, 8, 8, 8, 0]
+
+
+def test_a_writer_that_is_never_the_first_says_so():
+    store, tries = MemoryStore(), []
+
+    def late(writes, version, provided):
+        tries.append(provided)
+        raise Superseded("another one was faster")
+
+    store.commit = late
+    with pytest.raises(Superseded, match="faster"):
+        apply_events(RUN, store, NewEvents([0], [1], np.array([START_US])), UpdateOptions(clock=CLOCK))
+    assert tries == [[("state", user_key(0), None)]] * MOST_TRIES
+    assert store.records == {}

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from vista.checkpoint import Run
-from vista.store.contract import SummaryStore, Write
+from vista.store.contract import Provided, SummaryStore, Write
 from vista.updates.apply import (
     APPLIED,
     BAD_CLOCK,
@@ -87,11 +87,12 @@ class Block:
 
 @dataclass(frozen=True)
 class Work:
-    """What is to be stored of a block: outcome (n,) int8, an index into OUTCOMES; writes for one commit; has_tokens
-    (B,) bool: whose tokens are among them."""
+    """What is to be stored of a block: outcome (n,) int8, an index into OUTCOMES; writes for one commit, and the states
+    they follow from, as they were read; has_tokens (B,) bool: whose tokens are among the writes."""
 
     outcome: np.ndarray
     writes: list[Write]
+    provided: list[Provided]
     has_tokens: np.ndarray
 
 
@@ -147,15 +148,19 @@ def work_out(run: Run, store: SummaryStore, block: Block, options: UpdateOptions
     with_tokens = np.flatnonzero(has_tokens)
     chosen = Changed(with_tokens, take_users(tracked, with_tokens))
     writes += tokens_writes(run, store, chosen, block.user_ids, was_taken_back[with_tokens], options.codec)
-    return Work(outcome, writes, has_tokens)
+    return Work(outcome, writes, [loaded.provided[user] for user in users.tolist()], has_tokens)
 
 
-def refresh(run: Run, store: SummaryStore, user_ids: Sequence[Any], codec: str) -> list[Write]:
-    """The tokens of some users as of their stored states; nothing for one without a state. Raises as ``work_out``."""
-    tracked = load_states(run.sequence_model, store, user_ids, run.version).tracked
-    users = np.flatnonzero(tracked.num_events > 0)
-    done = Changed(users, take_users(tracked, users))
-    return tokens_writes(run, store, done, user_ids, np.zeros(len(users), bool), codec)
+def refresh(run: Run, store: SummaryStore, user_ids: Sequence[Any], codec: str) -> tuple[list[Write], list[Provided]]:
+    """The tokens of some users as of their stored states, and these; nothing for one without a state.
+
+    Raises as ``work_out``.
+    """
+    loaded = load_states(run.sequence_model, store, user_ids, run.version)
+    users = np.flatnonzero(loaded.tracked.num_events > 0)
+    done = Changed(users, take_users(loaded.tracked, users))
+    writes = tokens_writes(run, store, done, user_ids, np.zeros(len(users), bool), codec)
+    return writes, [loaded.provided[user] for user in users.tolist()]
 
 
 def _above_marks(block: Block, loaded: Loaded) -> np.ndarray:

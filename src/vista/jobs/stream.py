@@ -41,7 +41,15 @@ from vista.jobs.sources.contract import Entry, EventSource
 from vista.jobs.stream_metrics import Metrics, MetricsServer, write_metrics
 from vista.progress import Progress, duration, short
 from vista.store.contract import SummaryStore, Write
-from vista.updates.apply import BAD_CLOCK, OUTCOMES, TOO_LATE, USERS_AT_ONCE, UpdateOptions, check_model
+from vista.updates.apply import (
+    BAD_CLOCK,
+    MOST_TRIES,
+    OUTCOMES,
+    TOO_LATE,
+    USERS_AT_ONCE,
+    UpdateOptions,
+    check_model,
+)
 
 IDLE_S = 0.2  # how long a read waits for the first entry: tokens fall due and a stop is asked for meanwhile
 STATUS_S = 1.0  # between looks at the lag; each asks the log
@@ -249,7 +257,7 @@ class Stream:
     def _take_block(self, block: Block, parsed: Parsed) -> None:
         """Store what a block changes. A damaged record stops the events of its user alone."""
         try:
-            work = self._patiently("store", lambda: self._store_block(block, parsed))
+            work = self._patiently("store", lambda: self._until_unchanged(lambda: self._store_block(block, parsed)))
         except RecordError as error:
             if len(block.user_ids) > 1:
                 for one in block.by_user():
@@ -277,7 +285,7 @@ class Stream:
         ]
         self._dead.add(refused)  # first: once the marks are stored, nobody looks at these events again
         if work.writes:
-            self._store.commit(work.writes, self._run.version, list(self._stored.values()))
+            self._store.commit(work.writes, self._run.version, [*self._stored.values(), *work.provided])
         return work
 
     def _note(self, block: Block, work: Work, parsed: Parsed) -> None:
@@ -307,12 +315,12 @@ class Stream:
 
     def _refresh(self, user_ids: list[Any]) -> None:
         def store() -> None:
-            writes = refresh(self._run, self._store, user_ids, self._options.update.codec)
+            writes, provided = refresh(self._run, self._store, user_ids, self._options.update.codec)
             if writes:
-                self._store.commit(writes, self._run.version, list(self._stored.values()))
+                self._store.commit(writes, self._run.version, [*self._stored.values(), *provided])
 
         try:
-            self._patiently("store", store)
+            self._patiently("store", lambda: self._until_unchanged(store))
         except RecordError:  # its events are dead letters, or will be when the next one comes
             if len(user_ids) > 1:
                 for user_id in user_ids:
@@ -327,6 +335,20 @@ class Stream:
         if self._options.begin and self._options.until_end and not self.stop.is_set():
             self._patiently("store", lambda: self._store.complete_version(self._run.version))
         self._report(is_last=True)
+
+    def _until_unchanged(self, attempt: Callable[[], Result]) -> Result:
+        """Do something anew where another process changed a state meanwhile.
+
+        Raises ConfigError where one took a partition over, Superseded where one was faster each time.
+        """
+        for tries_left in reversed(range(MOST_TRIES)):
+            try:
+                return attempt()
+            except Superseded:
+                self._check_owner()
+                if not tries_left:
+                    raise
+        raise AssertionError("unreachable")
 
     # -- waiting and telling
 

@@ -17,6 +17,7 @@ from vista.errors import StoreError
 from vista.store.versions import VersionInfo
 
 Write = tuple[str, bytes, bytes]  # kind, user key, encoded record
+Provided = tuple[str, bytes, bytes | None]  # the same; None: no such record
 
 
 @dataclass(frozen=True)
@@ -35,11 +36,11 @@ class SummaryStore(Protocol):
     def begin_version(self, version: str, num_tokens: int, width: int, expected_users: int) -> None:
         """Make room for a version, or go on with it; refuses one with other K or D."""
 
-    def commit(self, writes: Sequence[Write], version: str, provided: Sequence[Write] = ()) -> None:
+    def commit(self, writes: Sequence[Write], version: str, provided: Sequence[Provided] = ()) -> None:
         """Write records, all or none; durable when it returns.
 
-        provided: records that must be stored as they are given here when the writes happen, in the same step (on a
-        Redis cluster just before it); else nothing is written and Superseded is raised.
+        provided: records that must be stored as they are given here, or not be there, when the writes happen, in the
+        same step (on a Redis cluster just before it); else nothing is written and Superseded is raised.
         """
 
     def get_many(self, kind: str, user_keys: Sequence[bytes], version: str) -> list[bytes | None]:

@@ -30,7 +30,7 @@ import lmdb
 
 from vista.errors import StoreError
 from vista.files import sync
-from vista.store.contract import KindStatistics, Write
+from vista.store.contract import KindStatistics, Provided, Write
 from vista.store.generations import FIRST, Generations
 from vista.store.record import KINDS
 from vista.store.versions import (
@@ -136,7 +136,7 @@ class LmdbStore:
 
     # -- records
 
-    def commit(self, writes: Sequence[Write], version: str, provided: Sequence[Write] = ()) -> None:
+    def commit(self, writes: Sequence[Write], version: str, provided: Sequence[Provided] = ()) -> None:
         def put(transaction: lmdb.Transaction) -> None:
             info = self._info(transaction, version)
             if info is None:

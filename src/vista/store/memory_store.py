@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Self, cast
 
 from vista.errors import StoreError
-from vista.store.contract import KindStatistics, Write
+from vista.store.contract import KindStatistics, Provided, Write
 from vista.store.record import KINDS
 from vista.store.versions import (
     Pointer,
@@ -67,7 +67,7 @@ class MemoryStore:
 
     # -- records
 
-    def commit(self, writes: Sequence[Write], version: str, provided: Sequence[Write] = ()) -> None:
+    def commit(self, writes: Sequence[Write], version: str, provided: Sequence[Provided] = ()) -> None:
         new = {member(kind, user): bytes(blob) for kind, user, blob in writes}
         with self._writing() as contents:
             begun(contents.known, version, self.name)

@@ -10,6 +10,7 @@ bucket, sent together: there a commit is all or none for each user, and a reader
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 import warnings
@@ -23,7 +24,7 @@ from types import TracebackType
 from typing import Any, Self, cast
 
 from vista.errors import StoreError, VistaWarning
-from vista.store.contract import KindStatistics, Write, shown
+from vista.store.contract import KindStatistics, Provided, Write, shown
 from vista.store.record import KINDS
 from vista.store.redis_client import connect, is_durable, primaries
 from vista.store.versions import (
@@ -47,16 +48,20 @@ REWRITE_POLL_S = 0.05
 FACTS = b"vista:facts"
 SUPERSEDED = 2  # what COMMIT answers where a needed record is another
 Named = tuple[bytes, bytes, bytes]  # bucket, name of the record in it, record
+Needed = tuple[bytes, bytes, bytes | None]  # the same; None: no such record
 
 # ARGV: version (empty: it was checked before), then name, record, ...; KEYS: the facts, then bucket, record's key, ...
-# A record without a name is one that must be there as it is given.
+# Without a name: the SHA-1 of a record that must be there, empty where none may be.
 COMMIT = """
 if ARGV[1] ~= '' then
   local facts = redis.call('GET', KEYS[1])
   if not (facts and cjson.decode(facts).versions[ARGV[1]]) then return 0 end
 end
 for i = 2, #ARGV, 2 do
-  if ARGV[i] == '' and redis.call('GET', KEYS[i + 1]) ~= ARGV[i + 1] then return 2 end
+  if ARGV[i] == '' then
+    local own = redis.call('GET', KEYS[i + 1])
+    if (own and redis.sha1hex(own) or '') ~= ARGV[i + 1] then return 2 end
+  end
 end
 for i = 2, #ARGV, 2 do
   if ARGV[i] ~= '' then
@@ -102,6 +107,11 @@ class _Facts:
 
     def having(self, info: VersionInfo) -> _Facts:
         return replace(self, versions=self.versions | {info.version: info})
+
+
+def _sha1(record: bytes) -> bytes:
+    """As a script's redis.sha1hex gives it; it tells records apart, and guards nothing."""
+    return hashlib.sha1(record, usedforsecurity=False).hexdigest().encode()
 
 
 class RedisStore:
@@ -158,11 +168,9 @@ class RedisStore:
 
     # -- records
 
-    def commit(self, writes: Sequence[Write], version: str, provided: Sequence[Write] = ()) -> None:
-        named, needed = (
-            [(bucket_of(version, user), member(kind, user), bytes(blob)) for kind, user, blob in records]
-            for records in (writes, provided)
-        )
+    def commit(self, writes: Sequence[Write], version: str, provided: Sequence[Provided] = ()) -> None:
+        named = [(bucket_of(version, user), member(kind, user), bytes(blob)) for kind, user, blob in writes]
+        needed = [(bucket_of(version, user), member(kind, user), blob) for kind, user, blob in provided]
         if self._is_cluster:  # the facts are in another slot than the records: a script cannot look at both
             with self._writing() as client:
                 begun(_Facts.parse(client.get(FACTS) or b"").versions, version, self.name)
@@ -213,10 +221,10 @@ class RedisStore:
         for name, bucket in merge(*map(rest, buckets, pages)):
             yield bucket, name
 
-    def _run(self, script: str, named: Sequence[Named], version: str = "", needed: Sequence[Named] = ()) -> list[int]:
+    def _run(self, script: str, named: Sequence[Named], version: str = "", needed: Sequence[Needed] = ()) -> list[int]:
         """Run a script over some records: in one step on a server, in one per bucket, sent together, on a cluster.
 
-        needed: records that a server is to find as they are.
+        needed: records that a server is to find as they are, or not at all.
         """
         groups: dict[bytes, list[Named]] = {} if self._is_cluster else {b"": list(named)}
         for row in named if self._is_cluster else ():
@@ -227,9 +235,9 @@ class RedisStore:
             for bucket, name, blob in rows:
                 keys += [bucket, record_key(bucket, name)]
                 values += [name, blob]
-            for bucket, name, blob in () if self._is_cluster else needed:
+            for bucket, name, record in () if self._is_cluster else needed:
                 keys += [bucket, record_key(bucket, name)]
-                values += [b"", blob]
+                values += [b"", b"" if record is None else _sha1(record)]
             calls.append((script, len(keys), *keys, *values))
         with self._writing() as client:
             return _pipelined(client, "EVAL", calls)

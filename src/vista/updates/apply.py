@@ -34,7 +34,7 @@ import numpy as np
 
 from vista.catalogue import id_array
 from vista.checkpoint import Run
-from vista.errors import ConfigError, DataError
+from vista.errors import ConfigError, DataError, Superseded
 from vista.models.borders import Border, Spacing
 from vista.models.vista import SequenceModel
 from vista.store.contract import SummaryStore
@@ -44,6 +44,7 @@ from vista.updates.refold import Tracked, refold, start_border, take_users
 from vista.updates.source import ReplaySource
 from vista.updates.stored import Changed, load_states, writes_of
 
+MOST_TRIES = 20  # at a commit that other processes were faster with each time
 USERS_AT_ONCE = 256  # in one commit; with kept borders a user of a million events has some 300 kilobytes
 AHEAD_US = 300 * 1_000_000  # clocks of servers agree within seconds, those of phones within minutes
 EARLIEST_US = 631_152_000 * 1_000_000  # 1990, as in `vista prepare`: an older time is a wrong unit or column
@@ -129,6 +130,7 @@ def apply_events(run: Run, store: SummaryStore, events: NewEvents, options: Upda
 
     A block of users is committed at once. Interrupted in between, or delivered twice, the same events may be given
     again: those that are in are duplicates then (but one without id in a log with ids counts as often as it is given).
+    Several processes may do so at once.
 
     Raises CheckpointError for a model that reads no events, ConfigError for scope "full", whose state is the whole
     history, DataError for ids that are none, StoreError where the store fails or has no such model version, RecordError
@@ -147,14 +149,31 @@ def apply_events(run: Run, store: SummaryStore, events: NewEvents, options: Upda
         events_of_block.user[:] -= first
         if options.source is not None:
             options.source.record(ids, events_of_block)
-        loaded = load_states(model, store, ids, run.version)
-        done, update = update_states(model, loaded.tracked, events_of_block, ids, options)
+        update = _apply_block(run, model, store, events_of_block, ids, options)
         outcome[mine] = update.outcome
         totals += (update.num_changed, update.num_replays, update.num_replayed_events)
-        writes = writes_of(run, loaded, done, ids, options.codec, alone=options.alone)
-        if writes:
-            store.commit(writes, run.version)
     return Update(outcome, *totals.tolist())
+
+
+def _apply_block(
+    run: Run, model: SequenceModel, store: SummaryStore, events: Arrivals, ids: Sequence[Any], options: UpdateOptions
+) -> Update:
+    """Apply events to the states of some users, ``events.user`` being places in ``ids``, in one commit.
+
+    It is done provided that the states are still as they were read, and anew where another process was faster.
+    """
+    for tries_left in reversed(range(MOST_TRIES)):
+        loaded = load_states(model, store, ids, run.version)
+        done, update = update_states(model, loaded.tracked, events, ids, options)
+        writes = writes_of(run, loaded, done, ids, options.codec, alone=options.alone)
+        try:
+            if writes:
+                store.commit(writes, run.version, [loaded.provided[user] for user in done.users.tolist()])
+            return update
+        except Superseded:
+            if not tries_left:
+                raise
+    raise AssertionError("unreachable")
 
 
 def check_model(run: Run) -> SequenceModel:

@@ -26,7 +26,7 @@ from vista.records import (
     state_records,
     tokens_records,
 )
-from vista.store.contract import SummaryStore, Write
+from vista.store.contract import Provided, SummaryStore, Write
 from vista.store.record import Record, decode, encode, repack, unpack, user_key
 from vista.updates.order import UNKNOWN_ID
 from vista.updates.refold import Tracked
@@ -37,11 +37,13 @@ MARK_ARRAYS = ("log_partition", "log_offset")
 
 @dataclass(frozen=True)
 class Loaded:
-    """B states from a store; border_crc (B,) int64: the checksum of each border record, -1 where none is in use."""
+    """B states from a store; border_crc (B,) int64: the checksum of each border record, -1 where none is in use;
+    provided: the state records they were read from."""
 
     tracked: Tracked
     border_crc: np.ndarray
     marks: list[Marks]
+    provided: list[Provided]
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,8 @@ def load_states(model: SequenceModel, store: SummaryStore, user_ids: Sequence[An
             marks[user] = dict(zip(*(record.arrays[name].tolist() for name in MARK_ARRAYS), strict=True))
         if blob is not None and record.arrays.get("border_crc", [-1])[0] == zlib.crc32(blob):
             border_crc[user], borders[user] = zlib.crc32(blob), borders_from_record(decode(blob, version))
-    return Loaded(replace(tracked, borders=tuple(borders)), border_crc, marks)
+    provided = [("state", key, blob) for key, blob in zip(keys, blobs, strict=True)]
+    return Loaded(replace(tracked, borders=tuple(borders)), border_crc, marks, provided)
 
 
 def writes_of(

@@ -293,7 +293,7 @@ def test_carry_round_trips_through_a_checkpoint():
     step = next(iter(TimelineWalk(feed)))
     carry.keep(step, model(step.batch, model.init_memory(len(step.users))).memory)
     again = MemoryCarry()
-    again.load(carry.state(), set(carry.by_user))
+    again.load(carry.state(), set(carry.by_user), torch.device("cpu"))
     assert again.by_user.keys() == carry.by_user.keys()
     for user, tensors in carry.by_user.items():
         assert all(torch.equal(a, b) for a, b in zip(tensors, again.by_user[user], strict=True))

@@ -370,7 +370,7 @@ class _Later:
         never = self.met.new_tensor([NEVER_PLACE, NEVER_SECOND]).expand(recent.shape[0], 1, 2)
         met = torch.cat([never, self.met], 1)
         place = torch.arange(1, met.shape[1], dtype=torch.int32, device=recent.device)
-        newest = (is_same * place).amax(2) if len(place) else candidate * 0
+        newest = (is_same * place).amax(2) if recent.shape[1] else candidate * 0
         newest = met.gather(1, newest.long()[..., None].expand(-1, -1, 2))
         return is_same.to(self.value.dtype) @ self.value, newest
 

@@ -41,6 +41,7 @@ from vista.models.vista import SequenceModel, make_model
 from vista.schema import ContextColumn, Manifest, action_text
 
 POPULARITY = "popularity.safetensors"
+VERSION_FILES = ("model.safetensors", "config.json", "schema.json")  # what a model version is made of
 DTYPES = {
     torch.float64: "F64", torch.int64: "I64", torch.float32: "F32", torch.int32: "I32", torch.float16: "F16",
     torch.bfloat16: "BF16", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
@@ -209,11 +210,19 @@ def load_description(folder: Path) -> tuple[Config, ModelSchema, Catalogue]:
 
 
 def model_version(folder: Path) -> str:
-    """Content hash of a run, 16 hexadecimal characters. The way a model was trained is not part of it."""
-    digest = hashlib.sha256((folder / "model.safetensors").read_bytes())
-    config = Config.from_json((folder / "config.json").read_text())
-    digest.update(json.dumps(asdict(config.model), sort_keys=True).encode())
-    digest.update((folder / "schema.json").read_bytes())
+    """Content hash of a run, 16 hexadecimal characters. The way a model was trained is not part of it.
+
+    Raises CheckpointError where one of its files is not there or cannot be read, as while it is being copied.
+    """
+    try:
+        weights, config, schema = ((folder / name).read_bytes() for name in VERSION_FILES)
+        json.loads(schema)
+        model = asdict(Config.from_json(config.decode()).model)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder}: cannot be read ({error}); wait until it is whole, or train again") from error
+    digest = hashlib.sha256(weights)
+    digest.update(json.dumps(model, sort_keys=True).encode())
+    digest.update(schema)
     return digest.hexdigest()[:16]
 
 

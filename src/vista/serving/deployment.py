@@ -10,7 +10,7 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 
-from vista.checkpoint import Run, load_run, model_version
+from vista.checkpoint import POPULARITY, VERSION_FILES, Run, load_run, model_version
 from vista.errors import CheckpointError, StoreError, VistaError
 from vista.serving.cache import TokenCache
 from vista.serving.context import ContextReader
@@ -20,6 +20,8 @@ from vista.serving.options import ServeOptions
 from vista.serving.scorer import Scorer
 from vista.store.contract import SummaryStore, shown
 
+Mark = tuple[int, int]  # a file's time of change, in ns, and its size
+
 
 @dataclass(frozen=True, eq=False)
 class Model:
@@ -28,6 +30,7 @@ class Model:
     run: Run
     scorer: Scorer
     context: ContextReader
+    popularity: Mark | None = None  # of the file that the scorer's table was read from
 
     @property
     def version(self) -> str:
@@ -64,14 +67,29 @@ class Deployment:
         run = load_run(self._runs.folder_of(version))
         check_match(run, self.store, shown(self.options.store))
         cache = TokenCache(self.options.cache_users, self.options.cache_ttl_s) if self.options.cache_users else None
-        return Model(run, Scorer(run, self.store, cache), ContextReader.of(run.schema))
+        return self._model(run, cache)
+
+    def _model(self, run: Run, cache: TokenCache | None) -> Model:
+        popularity = mark_of(run.folder / POPULARITY)  # before it is read: what comes meanwhile is read again
+        return Model(run, Scorer(run, self.store, cache), ContextReader.of(run.schema), popularity)
 
     def _watch(self) -> None:
         while not self._ended.wait(self.options.watch_s):
-            self.look()
+            try:
+                self.look()
+            except Exception as error:  # whatever it is, the next look must come
+                self._report("cannot look at store and runs", error)
+
+    def _report(self, what: str, error: Exception, **facts: str) -> None:
+        """Log a problem, and not again while it stays the same."""
+        text = str(error) if isinstance(error, VistaError) else f"{type(error).__name__}: {error}"
+        if text != self._problem:
+            say(what, problem=text, **facts)
+        self._problem = text
 
     def look(self) -> None:
-        """Ask the store which version is published, and go over to it where that is another one."""
+        """Ask the store which version is published, and go over to it where that is another one; read the table of
+        popularity where it was made anew."""
         try:
             published = self.store.published()
         except VistaError as error:
@@ -80,6 +98,9 @@ class Deployment:
         self._became(True, "")
         if self._runs.only is None and published not in (None, self.model.version):
             self._switch(published)
+        now = mark_of(self.model.run.folder / POPULARITY)
+        if now not in (None, self.model.popularity):
+            self._refresh()
 
     def _became(self, is_up: bool, problem: str) -> None:
         if is_up != self.is_store_up:
@@ -91,14 +112,22 @@ class Deployment:
         try:
             model = self._load(version)
         except VistaError as error:
-            if str(error) != self._problem:
-                say("version cannot be served", version=version, problem=str(error))
-            self._problem = str(error)
+            self._report("version cannot be served", error, version=version)
             return
         before, self.model, self._problem = self.model.version, model, ""
         self._metrics.serve_version(version)
         self._metrics.switches.inc()
         say("switched", version=version, before=before)
+
+    def _refresh(self) -> None:
+        """The same model with the table of popularity that is there now; where it cannot be read, the old one."""
+        try:
+            self.model = self._model(self.model.run, self.model.scorer.cache)
+        except VistaError as error:
+            self._report("popularity cannot be read", error)
+            return
+        self._problem = ""
+        say("popularity was read anew", version=self.model.version)
 
 
 class RunFolders:
@@ -108,36 +137,55 @@ class RunFolders:
         self.path = path
         if not path.is_dir():
             raise CheckpointError(f"{path} is not there, or is no folder; give a run folder or a folder of run folders")
-        self._known: dict[Path, tuple[tuple[int, int], str]] = {}
+        self._known: dict[Path, tuple[list[Mark | None], str]] = {}
         self.only = model_version(path) if _is_run(path) else None
 
     def folder_of(self, version: str) -> Path:
         """The folder of a version. Raises CheckpointError where none has it."""
         if version == self.only:
             return self.path
-        found = {self._version_of(folder): folder for folder in self._folders()}
+        found: dict[str, Path] = {}
+        unreadable = ""
+        for folder in self._folders():
+            try:
+                found[self._version_of(folder)] = folder
+            except CheckpointError as error:  # as while it is being copied
+                unreadable = f" ({error})"
         if version not in found:
             raise CheckpointError(
                 f"{self.path}: no run has version {version}, which the store has published; its runs have "
-                f"{', '.join(sorted(found)) or 'none'}: put the run folder there, or publish one of these"
+                f"{', '.join(sorted(found)) or 'none'}{unreadable}: put the run folder there, or publish one of these"
             )
         return found[version]
 
     def _folders(self) -> list[Path]:
-        return [folder for folder in sorted(self.path.iterdir()) if _is_run(folder)]
+        try:
+            return [folder for folder in sorted(self.path.iterdir()) if _is_run(folder)]
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.path}: cannot be read ({error}); give it back, or start the server anew"
+            ) from error
 
     def _version_of(self, folder: Path) -> str:
-        """Reads the weights only where the file is another than before."""
-        status = (folder / "model.safetensors").stat()
-        mark = status.st_mtime_ns, status.st_size
+        """Reads what a version is made of only where a file of it is another than before."""
+        marks = [mark_of(folder / name) for name in VERSION_FILES]
         known = self._known.get(folder)
-        if known is None or known[0] != mark:
-            self._known[folder] = known = mark, model_version(folder)
+        if known is None or known[0] != marks:
+            self._known[folder] = known = marks, model_version(folder)
         return known[1]
 
 
+def mark_of(path: Path) -> Mark | None:
+    """What tells a file from the one before it; None where there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_mtime_ns, status.st_size
+
+
 def _is_run(folder: Path) -> bool:
-    return all((folder / name).exists() for name in ("config.json", "schema.json", "model.safetensors"))
+    return all((folder / name).exists() for name in VERSION_FILES)
 
 
 def check_match(run: Run, store: SummaryStore, place: str) -> None:

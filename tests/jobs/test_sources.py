@@ -66,6 +66,23 @@ class TestRedis(SourceContract):
         (group,) = self.client.xinfo_groups("log:0")
         assert (group["pending"], group["last-delivered-id"].decode()) == (0, id_of(found[4].offset))
 
+    def test_another_stream_of_that_name_is_refused(self, source):
+        """It would be read in silence from where its ids reach the old ones, perhaps never."""
+        self.add(0, [b"%d" % n for n in range(5)])
+        source.start({0: 0})
+        offset = self.read(source, 5)[-1].next_offset
+        self.client.xtrim("log:0", maxlen=0)  # all that was read may go
+        source.start({0: offset})
+        self.client.delete("log:0")
+        self.client.xadd("log:0", {"event": b"0"}, id="5-0")
+        with pytest.raises(
+            SourceError, match=r"read up to .*, and its newest entry ever was 5-0: it is another stream"
+        ):
+            source.start({0: offset})
+        self.client.delete("log:0")
+        with pytest.raises(SourceError, match="newest entry ever was 0-0"):
+            source.start({0: offset})
+
 
 def test_ids_are_offsets_of_the_same_order():
     ids = ["0-1", "1-0", "1700000000000-0", "1700000000000-1048575", "1700000000001-0"]

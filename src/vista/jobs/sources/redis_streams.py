@@ -101,9 +101,19 @@ class RedisSource(PolledSource):
             raise SourceError(f"{self.name}: there is no partition {unknown[0]}; there are {list(self._keys)}")
         self._next = dict(offsets)
         with self._errors():
-            for number in offsets:
+            for number, offset in offsets.items():
                 self._make_group(self._keys[number])
+                self._check_offset(self._keys[number], offset)
                 self._claim(self._keys[number])
+
+    def _check_offset(self, key: str, offset: int) -> None:
+        """Raise SourceError where a stream never had the entry before an offset: it is another one of that name."""
+        newest = offset_of(self._client.xinfo_stream(key)["last-generated-id"])
+        if offset > newest + 1:
+            raise SourceError(
+                f"{self.name}: the stream {key!r} was read up to {id_of(offset - 1)}, and its newest entry ever was "
+                f"{id_of(newest)}: it is another stream; name another log with --log, or bring the old one back"
+            )
 
     def _make_group(self, key: str) -> None:
         from redis.exceptions import ResponseError

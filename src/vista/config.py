@@ -169,14 +169,20 @@ _CHOICES = {
 }
 
 
-def resolve(size: str = "small", file: Path | None = None, overrides: dict[str, Any] | None = None) -> Config:
+def resolve(
+    size: str | None = "small", file: Path | None = None, overrides: dict[str, Any] | None = None,
+    begun: Config | None = None,
+) -> Config:  # fmt: skip
     """Preset, then file (TOML with tables [model] and [train]), then overrides such as ``{"model.width": 32}``.
 
+    begun: settings of a run that goes on; what nothing else says is as it is there. size: None for no preset.
     Raises ConfigError for an unknown size, key or choice, a wrong type, and settings that contradict one another.
     """
-    if size not in SIZES:
-        raise ConfigError(f"--size {size!r}: unknown{nearest(size, SIZES)}")
-    config = apply(Config(), SIZES[size], f"size {size}")
+    config = begun or Config()
+    if size is not None:
+        if size not in SIZES:
+            raise ConfigError(f"--size {size!r}: unknown{nearest(size, SIZES)}")
+        config = apply(config, SIZES[size], f"size {size}")
     if file is not None:
         config = apply(config, _read_toml(file), str(file))
     config = apply(config, overrides or {}, "override")

@@ -14,10 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from click.testing import Result
+from typer.testing import CliRunner
 
 from tests.training.worlds import EVENTS_PER_USER, SMALL, write_world
 from vista.batches.feeds import make_feed
 from vista.checkpoint import InParts, load_run, read_tensors, write_in_parts, write_tensors
+from vista.cli.main import app
 from vista.config import MODELS, Config, resolve
 from vista.data.histories import PreparedData
 from vista.errors import CheckpointError, StaleOutput, TrainingError
@@ -181,6 +184,23 @@ def test_what_is_resumed_may_go_on_longer_and_nothing_else(data, tmp_path):
         with pytest.raises(CheckpointError, match=f"was started with {name} .*, and {value} is asked for"):
             train(data, tmp_path / "run", other, resume=True, quiet=True)
     assert read_tensors(tmp_path / "run" / "training.safetensors")[1]["step"] == 4
+
+
+def test_the_command_that_resumes_keeps_what_it_does_not_say(data, tmp_path):
+    def run(*arguments: object) -> Result:
+        return CliRunner().invoke(
+            app, ["train", str(data.folder), "--out", str(tmp_path / "run"), *map(str, arguments)]
+        )
+
+    settings = [flag for key, value in SMALL.items() for flag in ("--set", f"{key}={value}")]
+    assert run("--size", "tiny", *settings, "--max-steps", 2).exit_code == 0
+    result = run("--size", "tiny", "--resume")
+    assert result.exit_code == 2
+    assert "was started with model.head_width 8, and 32 is asked for" in result.stderr
+    assert run("--size", "tiny", *settings, "--resume").exit_code == 0
+    assert load_run(tmp_path / "run").config.train.max_steps == 2
+    assert run("--max-steps", 3, "--resume").exit_code == 0
+    assert read_tensors(tmp_path / "run" / "training.safetensors")[1]["step"] == 3
 
 
 def test_a_run_folder_is_not_overwritten(data, tmp_path):

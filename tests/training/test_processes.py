@@ -60,10 +60,16 @@ def runs(tmp_path_factory) -> Path:
     with interrupted("0"):
         train(data, folder / "cut by one", config(), quiet=True)
     port = free_port()
-    command = [sys.executable, "-W", "error", "-m", "tests.training.two_processes", str(folder)]
-    both = [subprocess.Popen(command, cwd=REPOSITORY, env=torchrun_environment(rank, port)) for rank in range(2)]
+    command = [sys.executable, "-W", "error", "-X", "faulthandler", "-m", "tests.training.two_processes", str(folder)]
+    said = [folder / f"said by {rank}.txt" for rank in range(2)]
+    both = []
+    for rank, file in enumerate(said):
+        with file.open("w") as stderr:
+            environment = torchrun_environment(rank, port)
+            both.append(subprocess.Popen(command, cwd=REPOSITORY, env=environment, stderr=stderr))
     try:
-        assert [process.wait(250) for process in both] == [0, 0]
+        statuses = [process.wait(250) for process in both]
+        assert statuses == [0, 0], "\n".join(file.read_text() for file in said)
     finally:
         for process in both:
             process.kill()

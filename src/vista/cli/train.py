@@ -42,8 +42,8 @@ def train(
     resume: Annotated[
         bool,
         typer.Option(
-            help="Go on from the last checkpoint of the run folder, with its settings; how long, as in --max-steps, "
-            "may be said anew."
+            help="Go on from the last checkpoint of the run folder, with its settings where none are given; how "
+            "long, as in --max-steps, may be said anew."
         ),
     ] = False,
 ) -> None:
@@ -54,7 +54,7 @@ def train(
     import torch
 
     from vista.checkpoint import load_description, load_run
-    from vista.config import apply, parse_overrides, resolve
+    from vista.config import parse_overrides, resolve
     from vista.data.histories import PreparedData
     from vista.devices import chosen_device
     from vista.training.loop import train as run_training
@@ -66,8 +66,8 @@ def train(
     given = {"model.model": model, "train.seed": seed, "train.max_steps": max_steps, "train.max_epochs": max_epochs,
              "train.time_budget_s": time_budget_s}  # fmt: skip
     chosen = {key: value for key, value in given.items() if value is not None} | parse_overrides(overrides or [])
-    if resume and size is None and config is None:
-        resolved = apply(load_description(out)[0], chosen, "the command line")
+    if resume:
+        resolved = resolve(size, config, chosen, load_description(out)[0])
     else:
         resolved = resolve(size or "small", config, chosen)
     try:

@@ -182,6 +182,25 @@ def test_history_negatives_are_drawn_evenly_on_the_scale_of_distances(tmp_path: 
     assert_near(int((distance < 48).sum()), 1000, np.log2(1.5) / 2)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_new_items_leaves_out_whatever_the_user_had_met(seed: int, tmp_path: Path) -> None:
+    log = small_log(seed, users=6, items=30, events=400, seconds=300).sort("timestamp", maintain_order=True)
+    options: dict[str, Any] = {"keep_duplicates": True, "seed": seed, **ALL_TRAIN}
+    everything, new = (prepared(tmp_path, log, new_items=flag, **options) for flag in (False, True))
+
+    def met(request: Request) -> set[int]:
+        time = request.time_us // SECOND_US
+        return set(log.filter((pl.col("user_id") == request.user) & (pl.col("timestamp") < time))["item_id"])
+
+    known = [request.positive in met(request) for request in requests_of(everything)]
+    assert any(met(request) & set(request.items) for request in requests_of(everything))
+    assert 0 < sum(known) == new.manifest.statistics["met_positive"]
+    found = requests_of(new)
+    assert len(found) + new.manifest.statistics["without_negative"] == len(known) - sum(known)
+    assert not any(met(request) & set(request.items) for request in found)
+    assert any(met(request) for request in found)
+
+
 def test_the_place_of_the_positive_says_nothing(tmp_path: Path) -> None:
     log = many_asked(dict.fromkeys(range(1, 40), 10) | {50: 1}, 4000, positive=50)
     requests = [r for r in requests_of(prepared(tmp_path, log, **ALL_TRAIN)) if r.positive == 50]

@@ -311,6 +311,8 @@ OPTIONS = {
     "--task click": "give --impressions as well",
     "--item-feature genre": "give --items",
     "--popularity-negatives 0 --category-negatives 0": "a request needs a candidate beside its positive",
+    "--new-items --history-negatives 2": "those are items the user had met; leave one of the two out",
+    "--new-items --impressions shown.csv": "--new-items is for requests made from events",
     "--min-user-events 1000": "no event is left after the rules",
     "--burst-column basket": "no column 'basket'",
     "--catalogue .": "neither a run (schema.json) nor prepared data (manifest.json)",

@@ -53,6 +53,9 @@ def prepare(
     history_negatives: Annotated[
         int, typer.Option(help="Negatives from the user's own past, last met about as long ago as the positive.")
     ] = 0,
+    new_items: Annotated[
+        bool, typer.Option("--new-items", help="Only candidates that the user had not met, the positive and negatives.")
+    ] = False,
     max_requests: Annotated[
         int, typer.Option(help="Requests made from events at most (a uniform sample).")
     ] = 2_000_000,
@@ -83,7 +86,7 @@ def prepare(
         context=tuple(context or ()), max_history=max_history, min_user_events=min_user_events, max_burst=max_burst,
         keep_duplicates=keep_duplicates, popularity_negatives=popularity_negatives,
         category_negatives=category_negatives, history_negatives=history_negatives,
-        max_requests=max_requests, validation_fraction=validation_fraction,
+        new_items=new_items, max_requests=max_requests, validation_fraction=validation_fraction,
         test_fraction=test_fraction, validation_from=validation_from, test_from=test_from,
         unknown_buckets=unknown_buckets, catalogue=catalogue, seed=seed,
     )  # fmt: skip

@@ -15,7 +15,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from vista.data.arrays import chunk_bounds
-from vista.data.negatives import BurstItems, NumNegatives, Sources, draw_negatives, shuffle_keys
+from vista.data.negatives import (
+    BurstItems,
+    FirstMeetings,
+    NumNegatives,
+    OwnItems,
+    Sources,
+    draw_negatives,
+    shuffle_keys,
+)
 from vista.data.sort import Chunk, SortedLog
 from vista.data.split import RequestTable, mix, request_keys
 from vista.progress import Progress
@@ -27,11 +35,15 @@ CHUNK_ROWS = 200_000  # requests and items of their bursts that are worked on at
 
 @dataclass(frozen=True)
 class MadeRules:
-    """num_negatives: wanted per request, by source. max_requests: a uniform sample of at most so many."""
+    """num_negatives: wanted per request, by source. max_requests: a uniform sample of at most so many.
+
+    new_items: no candidate, the positive neither, is one that the user had met.
+    """
 
     num_negatives: NumNegatives
     max_requests: int
     seed: int
+    new_items: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,6 +71,7 @@ class Skipped:
     """Bursts that made no request, and why."""
 
     unseen_positive: int = 0
+    met_positive: int = 0
     over_max_requests: int = 0
     without_negative: int = 0
 
@@ -71,8 +84,9 @@ def make_requests(
     user_hash: (U,) uint64 hash of each user's id. category: (V,) int32 per item, 0 = unknown, or None: no categories.
     """
     skipped = Skipped()
-    bursts = find_bursts(log, user_hash, num_items, rules, skipped)
-    sources = Sources.of(log, category, rules.num_negatives)
+    met = FirstMeetings.build(log, OwnItems.build(log), num_items) if rules.new_items else None
+    bursts = find_bursts(log, user_hash, num_items, rules, skipped, met)
+    sources = Sources.of(log, category, rules.num_negatives, met)
     parts = []
     sizes = 1 + bursts.end - bursts.first
     with Progress("prepare: candidates", total=len(bursts.user), unit="requests") as progress:
@@ -83,16 +97,23 @@ def make_requests(
     return _assemble(bursts, parts, skipped), skipped
 
 
-def find_bursts(log: SortedLog, user_hash: np.ndarray, num_items: int, rules: MadeRules, skipped: Skipped) -> Bursts:
+def find_bursts(
+    log: SortedLog, user_hash: np.ndarray, num_items: int, rules: MadeRules, skipped: Skipped,
+    met: FirstMeetings | None,
+) -> Bursts:  # fmt: skip
     """The bursts that make a request; a uniform sample of them where there are more than ``max_requests``.
 
-    The sample keeps those with the smallest hash of their key.
+    The sample keeps those with the smallest hash of their key. met: with it, none whose positive the user had met.
     """
     first_seen_us = log.first_seen_us(num_items)
     kept: list[Bursts] = []
     num_found = num_kept = 0
     for chunk in log.chunks():
         found = _bursts_of(chunk, user_hash, first_seen_us, skipped)
+        if met is not None:
+            was_met = met.were_before(found, np.arange(len(found.user)), found.positive)
+            skipped.met_positive += int(was_met.sum())
+            found = found.take(~was_met)
         kept.append(found)
         num_found += len(found.user)
         num_kept += len(found.user)

@@ -139,6 +139,34 @@ class OwnItems:
 
 
 @dataclass(frozen=True)
+class FirstMeetings:
+    """When each user first met each item. keys: (G,) ascending user * V + item; place: (G,) of that first event.
+
+    start: (U,) int64 place of each user's first event.
+    """
+
+    keys: np.ndarray
+    place: np.ndarray
+    start: np.ndarray
+    num_items: int
+
+    @classmethod
+    def build(cls, log: SortedLog, own: OwnItems, num_items: int) -> FirstMeetings:
+        """16 bytes per user and item they met, 32 while it sorts."""
+        place = np.flatnonzero(own.since == 0)
+        keys = np.repeat(np.arange(len(log.lengths)), log.lengths)[place] * num_items + own.item[place]
+        order = np.argsort(keys, kind="stable")
+        return cls(keys[order], place[order], own.start, num_items)
+
+    def were_before(self, bursts: Bursts, row: np.ndarray, item: np.ndarray) -> np.ndarray:
+        """(n,) bool: whether the user of request ``row`` had met the item before it."""
+        wanted = bursts.user[row].astype(np.int64) * self.num_items + item
+        found = np.minimum(np.searchsorted(self.keys, wanted), len(self.keys) - 1)
+        is_known = self.place[found] < (self.start[bursts.user] + bursts.num_known)[row]
+        return (self.keys[found] == wanted) & is_known
+
+
+@dataclass(frozen=True)
 class BurstItems:
     """Which items belong to the burst of which request. keys: sorted row * V + item."""
 
@@ -162,16 +190,22 @@ class BurstItems:
 
 @dataclass(frozen=True)
 class Sources:
-    """All that negatives are drawn from. of_slot: (W,) the source of each negative wanted; own: None if none is."""
+    """All that negatives are drawn from. of_slot: (W,) the source of each negative wanted.
+
+    own: for negatives of source history. met: where none may be an item that the user had met.
+    """
 
     of_slot: np.ndarray
     pool: Pool
-    own: OwnItems | None
+    own: OwnItems | None = None
+    met: FirstMeetings | None = None
 
     @classmethod
-    def of(cls, log: SortedLog, category: np.ndarray | None, wanted: NumNegatives) -> Sources:
+    def of(
+        cls, log: SortedLog, category: np.ndarray | None, wanted: NumNegatives, met: FirstMeetings | None
+    ) -> Sources:
         of_slot = np.repeat([POPULARITY, CATEGORY, HISTORY], [wanted.popularity, wanted.category, wanted.history])
-        return cls(of_slot, Pool.build(log, category), OwnItems.build(log) if wanted.history else None)
+        return cls(of_slot, Pool.build(log, category), OwnItems.build(log) if wanted.history else None, met)
 
 
 @dataclass(frozen=True)
@@ -215,7 +249,7 @@ class _Reach:
 
 
 def draw_negatives(bursts: Bursts, burst_items: BurstItems, sources: Sources, seed: int) -> np.ndarray:
-    """(R, W) item codes, -1 where none was found: no item of the burst, none twice."""
+    """(R, W) item codes, -1 where none was found: no item of the burst, none twice, none that ``sources`` forbids."""
     reach = _Reach.of(sources, bursts)
     drawn = np.full((len(bursts.user), len(sources.of_slot)), -1, np.int64)
     for attempt in range(MAX_REDRAWS + 1):
@@ -223,9 +257,12 @@ def draw_negatives(bursts: Bursts, burst_items: BurstItems, sources: Sources, se
         if not len(row):
             break
         item = reach.draw(row, slot, _draw(bursts.key[row], slot, attempt, seed))
+        is_unfit = burst_items.contain(row, item)
+        if sources.met is not None:
+            is_unfit |= sources.met.were_before(bursts, row, item)
         is_first = np.diff(row, prepend=-1) > 0
         fresh = np.full((np.count_nonzero(is_first), drawn.shape[1]), -1)
-        fresh[np.cumsum(is_first) - 1, slot] = np.where(burst_items.contain(row, item), -1, item)
+        fresh[np.cumsum(is_first) - 1, slot] = np.where(is_unfit, -1, item)
         drawn[row[is_first]] = _accept(drawn[row[is_first]], fresh)
     return drawn
 

@@ -57,6 +57,7 @@ class PrepareOptions:
     max_burst                     larger bursts are left out (None: none is)
     keep_duplicates               keep events that repeat an earlier one (same event id, or same item, time and action)
     popularity_negatives, category_negatives, history_negatives, max_requests    of requests made from events
+    new_items                     ... none of whose candidates the user had met
     validation_fraction, test_fraction    shares of the requests, by time ...
     validation_from, test_from    ... or the first moments of these splits
     unknown_buckets               item indices for ids the catalogue does not hold
@@ -87,6 +88,7 @@ class PrepareOptions:
     popularity_negatives: int = 4
     category_negatives: int = 4
     history_negatives: int = 0
+    new_items: bool = False
     max_requests: int = 2_000_000
     validation_fraction: float = 0.1
     test_fraction: float = 0.1
@@ -112,6 +114,13 @@ class PrepareOptions:
         wanted = self.popularity_negatives + self.category_negatives + self.history_negatives
         if self.impressions is None and not wanted:
             raise ConfigError("no negatives: a request needs a candidate beside its positive")
+        if self.new_items and self.impressions is not None:
+            raise ConfigError("--new-items is for requests made from events; leave out --impressions, or --new-items")
+        if self.new_items and self.history_negatives:
+            raise ConfigError(
+                f"--new-items and --history-negatives {self.history_negatives}: those are items the user had met; "
+                "leave one of the two out"
+            )
 
     @property
     def columns(self) -> EventColumns:
@@ -305,7 +314,7 @@ def _requests(inputs: _Inputs, category: np.ndarray | None) -> tuple[RequestTabl
         options.popularity_negatives, options.category_negatives if category is not None else 0,
         options.history_negatives,
     )  # fmt: skip
-    rules = MadeRules(wanted, options.max_requests, options.seed)
+    rules = MadeRules(wanted, options.max_requests, options.seed, options.new_items)
     user_hash = hash_ids(_numpy_ids(inputs.vocabulary.users))
     requests, skipped = make_requests(inputs.sorted_log, user_hash, category, inputs.num_items, rules)
     if not requests.num_requests:
@@ -443,8 +452,8 @@ def summary_lines(manifest: Manifest) -> list[str]:
         lines.append(
             f"{split}: {have['num_requests'][split]:,} requests, {have['num_impressions'][split]:,} impressions{begins}"
         )
-    skipped = {"new to everybody": "unseen_positive", "over --max-requests": "over_max_requests",
-               "without a negative": "without_negative"}  # fmt: skip
+    skipped = {"new to everybody": "unseen_positive", "met before": "met_positive",
+               "over --max-requests": "over_max_requests", "without a negative": "without_negative"}  # fmt: skip
     reasons = [f"{have[name]:,} {what}" for what, name in skipped.items() if have[name]]
     if reasons:
         lines.append(f"next events that made no request: {', '.join(reasons)}")

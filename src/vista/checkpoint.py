@@ -41,6 +41,7 @@ from vista.models.vista import SequenceModel, make_model
 from vista.schema import ContextColumn, Manifest, action_text
 
 POPULARITY = "popularity.safetensors"
+COUNTS = 2  # to be raised where a count or popularity comes to mean something else: models read them by place alone
 VERSION_FILES = ("model.safetensors", "config.json", "schema.json")  # what a model version is made of
 DTYPES = {
     torch.float64: "F64", torch.int64: "I64", torch.float32: "F32", torch.int32: "I32", torch.float16: "F16",
@@ -57,6 +58,7 @@ class ModelSchema:
     context: tuple[ContextColumn, ...]
     catalogue_fingerprint: str
     count_features: tuple[str, ...] = ()
+    counts: int = COUNTS
 
     @classmethod
     def of(cls, manifest: Manifest, catalogue: Catalogue, count_features: tuple[str, ...] = ()) -> ModelSchema:
@@ -67,7 +69,12 @@ class ModelSchema:
 
     @classmethod
     def from_json(cls, text: str) -> ModelSchema:
+        """Raises ValueError, KeyError or TypeError for what is not a schema that this version made."""
         values = json.loads(text)
+        if values["count_features"] and values.get("counts") != COUNTS:
+            raise ValueError(
+                f"{values['count_features'][0]} and its like are not counted as when the model was trained"
+            )
         return cls(
             tuple(values["tasks"]),
             tuple(values["actions"]),

@@ -16,11 +16,12 @@ from vista.data.popularity import (
     WINDOWS_S,
     Popularity,
     PopularityFeatures,
-    _levels,
+    popularity_names,
     popularity_table,
-)  # fmt: skip
+)
 
 CATALOGUE = catalogue()
+KEYS = [None, *CATALOGUE.features.T]  # of the item and its categories
 START_US = 10**15
 US_PER_DAY = 24 * US_PER_HOUR
 
@@ -35,7 +36,8 @@ def log(seed: int, num_events: int = 300) -> Histories:
 
 def naive(histories: Histories, item: int, at_us: int) -> list[float]:
     values: list[float] = []
-    for key in _levels(CATALOGUE)[1]:
+    ages_of_all = [at_us - int(t) for t in histories.timestamp_us if t < at_us]
+    for key in KEYS:
         keys = np.arange(CATALOGUE.num_indices) if key is None else key
         met = [
             int(t)
@@ -43,8 +45,12 @@ def naive(histories: Histories, item: int, at_us: int) -> list[float]:
             if keys[item] > 0 and keys[i] == keys[item] and t < at_us
         ]
         since = (at_us - max(met)) / 1e6 if met else NEVER_S
-        within = [sum(at_us - t <= window_s * 1e6 for t in met) for window_s in WINDOWS_S.values()]
-        values += [len(met), since, (at_us - min(met)) / 1e6 if met else 0, *within]
+        ever = len(met) / max(len(ages_of_all), 1)
+        within = []
+        for window_s in WINDOWS_S.values():
+            num, of = (sum(age <= window_s * 1e6 for age in ages) for ages in ([at_us - t for t in met], ages_of_all))
+            within.append((num + 100 * ever) / (of + 100))
+        values += [1e6 * ever, since, (at_us - min(met)) / 1e6 if met else 0, *(1e6 * share for share in within)]
     return [math.log1p(value) for value in values]
 
 
@@ -54,9 +60,23 @@ def test_both_forms_say_what_the_definition_says(day):
     items = np.arange(CATALOGUE.num_indices)
     expected = np.array([naive(histories, item, at_us) for item in items.tolist()])
     at = np.full(len(items), at_us)
-    found = np.concatenate([Popularity.of(histories, key).features(items, at) for key in _levels(CATALOGUE)[1]], 1)
+    found = np.concatenate([Popularity.of(histories, key).features(items, at) for key in KEYS], 1)
     np.testing.assert_allclose(found, expected, rtol=1e-6)
     np.testing.assert_allclose(popularity_table(histories, CATALOGUE, at_us), found, rtol=1e-6)
+
+
+def test_traffic_that_doubles_leaves_popularity_where_it_was():
+    """Every event of the last year twice: the shares within it stay, but for what leans on the share of all time."""
+    once, at_us = log(seed=3, num_events=20_000), START_US + 700 * US_PER_DAY
+    copies = np.where(once.timestamp_us >= at_us - 365 * US_PER_DAY, 2, 1)
+    twice = Histories(
+        offsets=np.array([0, copies.sum()]), item=np.repeat(once.item, copies),
+        action=np.zeros(copies.sum(), np.int16), timestamp_us=np.repeat(once.timestamp_us, copies),
+    )  # fmt: skip
+    before, after = (popularity_table(histories, CATALOGUE, at_us) for histories in (once, twice))
+    windows = [place for place, name in enumerate(popularity_names(CATALOGUE)) if name.endswith(("_30d", "_1y"))]
+    assert before[1:, windows].max() > 10
+    np.testing.assert_allclose(after[:, windows], before[:, windows], atol=0.1)
 
 
 def test_a_request_reads_the_last_table_before_it():

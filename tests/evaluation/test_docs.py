@@ -47,6 +47,6 @@ def test_every_count_feature_is_explained() -> None:
     text = section("Counts")
     half_lives = ", ".join(f"`_{name}`" for name in list(HALF_LIVES_S)[1:])
     assert f"`<level>_count_{next(iter(HALF_LIVES_S))}`, {half_lives}" in text
-    for name in ("met", "count", "events_since", "seconds_since", "popularity"):
+    for name in ("met", "count", "events_since", "seconds_since", "popularity_share"):
         assert f"`<level>_{name}`" in text
     assert f"log of {NEVER_EVENTS:.0e} events, of {NEVER_S:.0e} seconds".replace("e+0", "e").replace("e+", "e") in text

@@ -186,6 +186,18 @@ def test_what_is_resumed_may_go_on_longer_and_nothing_else(data, tmp_path):
     assert read_tensors(tmp_path / "run" / "training.safetensors")[1]["step"] == 4
 
 
+@pytest.mark.parametrize("model", ["vista", "counts"])
+def test_counts_of_another_version_are_not_taken_for_those_of_this_one(model, data, tmp_path):
+    changes = {"model__model": model, "model__sketch_slots": 16, "model__sketch_traces": 16}
+    run = train(data, tmp_path / "run", config(train__max_steps=1, **changes), quiet=True)
+    assert load_run(run).schema.count_features
+    schema = json.loads((run / "schema.json").read_text())
+    del schema["counts"]
+    (run / "schema.json").write_text(json.dumps(schema))
+    with pytest.raises(CheckpointError, match=r"are not counted as when the model was trained\); train again"):
+        load_run(run)
+
+
 def test_the_command_that_resumes_keeps_what_it_does_not_say(data, tmp_path):
     def run(*arguments: object) -> Result:
         return CliRunner().invoke(

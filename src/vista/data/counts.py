@@ -239,9 +239,7 @@ def count_features(
     """
     if last_events is not None and last_events < 1:
         raise ConfigError(f"last_events is {last_events}: give a number of events from 1 on, or None for all")
-    levels = _levels(catalogue)
-    names = (*USER_NAMES, *(f"{level}_{name}" for level, _ in levels for name in _level_names()))
-    names += PRECEDING_NAMES if num_predecessors else ()
+    levels, names = _levels(catalogue), count_names(catalogue, num_predecessors)
     matrix = np.empty((impressions.num_impressions, len(names)), np.float32)
     popularity = [Popularity.of(histories, keys) for _, keys in levels]
     with Progress("count", total=impressions.num_requests, unit="requests") as progress:
@@ -291,9 +289,12 @@ def _levels(catalogue: Catalogue) -> list[tuple[str, np.ndarray | None]]:
     return [("item", None), *((name, catalogue.features[:, f]) for f, name in enumerate(catalogue.feature_names))]
 
 
-def _level_names() -> tuple[str, ...]:
+def count_names(catalogue: Catalogue, num_predecessors: int) -> tuple[str, ...]:
+    """Names of the columns of ``count_features``."""
     decayed = (f"count_{name}" for name in HALF_LIVES_S)
-    return ("met", "count", "events_since", "seconds_since", *decayed, *POPULARITY_NAMES)
+    of_level = ("met", "count", "events_since", "seconds_since", *decayed, *POPULARITY_NAMES)
+    names = (*USER_NAMES, *(f"{level}_{name}" for level, _ in _levels(catalogue) for name in of_level))
+    return names + PRECEDING_NAMES if num_predecessors else names
 
 
 def _level_features(index: UserItemIndex, shown: Shown, last_events: int | None) -> list[np.ndarray]:

@@ -1,5 +1,8 @@
 """Popularity: how often and how lately anyone met an item and its categories, as of a moment.
 
+How often is a share of all events, so that a log whose traffic grows, or falls at night, leaves it where it was. The
+share in a window leans on that of all time where the window holds few events.
+
 It is no fact about a user, so no user's record holds it: it is a table of the catalogue, remade in bulk from time to
 time, say with every `vista summarize`. Training and evaluation look at the log as such a table would have had it: as of
 the last multiple of ``popularity_hours`` before the request, and never after.
@@ -11,6 +14,7 @@ Shape letters: N events, I item indices, C impressions, F features.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -26,7 +30,9 @@ US_PER_HOUR = 3600 * US_PER_S
 WINDOWS_S = {"30d": 2_592_000, "1y": 31_557_600}
 NEVER_S = 1e10  # three centuries: beyond every true distance, or a model could take never for a long time ago
 BLOCK_ROWS = 500_000  # impressions, or events, handled at once: some ten megabytes of temporary arrays
-NAMES = ("popularity", "anyone_since", "anyone_first", *(f"popularity_{name}" for name in WINDOWS_S))
+PRIOR_EVENTS = 100  # with the weight of so many events the share of all time counts in that of a window
+PER = 1e6  # shares are counted in events per million, whose logarithm tells rare items apart
+NAMES = ("popularity_share", "anyone_since", "anyone_first", *(f"popularity_share_{name}" for name in WINDOWS_S))
 TABLES_KEPT = 4  # of all items at once: a walk in time order needs one
 
 
@@ -52,12 +58,12 @@ class Popularity:
     def features(self, item: np.ndarray, at_us: np.ndarray) -> np.ndarray:
         """NAMES of each item as of each moment, (C, F) float32, all logarithms being log(1 + x).
 
-        Events before; seconds since the newest (NEVER_S where there is none) and since the oldest of them; events in
-        each of the windows before.
+        Share of all events before, per million; seconds since the newest (NEVER_S where there is none) and since the
+        oldest of them; share of the events in each of the windows before.
         """
         first, end = self._rows(item, at_us)
         if not len(self.code):
-            return _logs(end, np.full(len(end), NEVER_S), end, [end] * len(WINDOWS_S))
+            return _logs(end, end, np.full(len(end), NEVER_S), end, [(end, end)] * len(WINDOWS_S))
         newest, oldest = (
             self.moments[self.code[np.clip(row, 0, len(self.code) - 1)] % (len(self.moments) + 1)]
             for row in (end - 1, first)
@@ -65,8 +71,11 @@ class Popularity:
         is_met = end > first
         since = np.where(is_met, (at_us - newest) / US_PER_S, NEVER_S)
         age = np.where(is_met, (at_us - oldest) / US_PER_S, 0)
-        within = [end - self._rows(item, at_us - window_s * US_PER_S)[1] for window_s in WINDOWS_S.values()]
-        return _logs(end - first, since, age, within)
+        before, windows = np.searchsorted(self.moments, at_us), []
+        for window_s in WINDOWS_S.values():
+            from_us = at_us - window_s * US_PER_S
+            windows.append((end - self._rows(item, from_us)[1], before - np.searchsorted(self.moments, from_us)))
+        return _logs(end - first, before, since, age, windows)
 
     def _rows(self, item: np.ndarray, at_us: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Rows first .. end - 1 of ``code``: the events with each item's key before each moment; none for key 0."""
@@ -77,8 +86,14 @@ class Popularity:
         return first, np.where(key > 0, end, first)
 
 
-def _logs(count: np.ndarray, since: np.ndarray, age: np.ndarray, within: list[np.ndarray]) -> np.ndarray:
-    return np.log1p(np.stack([count, since, age, *within], -1)).astype(np.float32)
+def _logs(
+    count: np.ndarray, num_events: np.ndarray, since: np.ndarray, age: np.ndarray,
+    windows: Sequence[tuple[np.ndarray, np.ndarray]],
+) -> np.ndarray:  # fmt: skip
+    """(C, F). num_events: of everything, where ``count`` are of the key; windows: the same two of each window."""
+    share = count / np.maximum(num_events, 1)
+    within = [(some + PRIOR_EVENTS * share) / (total + PRIOR_EVENTS) for some, total in windows]
+    return np.log1p(np.stack([PER * share, since, age, *(PER * x for x in within)], -1)).astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -97,7 +112,7 @@ class PopularityFeatures:
     @classmethod
     def of(cls, data: PreparedData, impressions: Impressions, period_hours: int) -> PopularityFeatures:
         """Count what a table remade every ``period_hours`` would have said at each request."""
-        names, keys = _levels(data.catalogue)
+        names, keys = popularity_names(data.catalogue), _keys(data.catalogue)
         levels = tuple(Popularity.of(data.histories, key) for key in keys)
         period_us = period_hours * US_PER_HOUR
         matrix = np.empty((impressions.num_impressions, len(names)), np.float32)
@@ -144,14 +159,15 @@ def popularity_table(histories: Histories, catalogue: Catalogue, at_us: int) -> 
             counts[row] += np.bincount(chosen, minlength=shape[1])
         np.maximum.at(newest, item, time_us)
         np.minimum.at(oldest, item, time_us)
-    columns = []
-    for key in _levels(catalogue)[1]:
+    columns, (total, *totals) = [], counts.sum(1)
+    for key in _keys(catalogue):
         of_key = (counts, newest, oldest) if key is None else _by_key(counts, newest, oldest, key)
         (count, *within), last, first = of_key
         is_met = (count > 0) & ((np.arange(shape[1]) if key is None else key) > 0)
         count, *within = (np.where(is_met, c, 0) for c in (count, *within))
         since = np.where(is_met, (at_us - last) / US_PER_S, NEVER_S)
-        columns.append(_logs(count, since, np.where(is_met, (at_us - first) / US_PER_S, 0), within))
+        age = np.where(is_met, (at_us - first) / US_PER_S, 0)
+        columns.append(_logs(count, total, since, age, list(zip(within, totals, strict=True))))
     return np.concatenate(columns, 1)
 
 
@@ -172,11 +188,14 @@ def _by_key(
     return summed[:, key], last[key], first[key]
 
 
-def _levels(catalogue: Catalogue) -> tuple[tuple[str, ...], list[np.ndarray | None]]:
-    """Names of all columns, and the key of each item per level (None: the item itself)."""
-    levels = ["item", *catalogue.feature_names]
-    keys = [None, *(catalogue.features[:, f] for f in range(len(catalogue.feature_names)))]
-    return tuple(f"{level}_{name}" for level in levels for name in NAMES), keys
+def popularity_names(catalogue: Catalogue) -> tuple[str, ...]:
+    """Names of the columns of a table: per level NAMES."""
+    return tuple(f"{level}_{name}" for level in ("item", *catalogue.feature_names) for name in NAMES)
+
+
+def _keys(catalogue: Catalogue) -> list[np.ndarray | None]:
+    """The key of each item per level (None: the item itself)."""
+    return [None, *(catalogue.features[:, f] for f in range(len(catalogue.feature_names)))]
 
 
 def latest_table(data: PreparedData) -> tuple[np.ndarray, int]:

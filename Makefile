@@ -44,9 +44,10 @@ docs: $(STAMP) ## make docs/cli.md anew from the commands
 bench: $(STAMP) ## every script of bench/, in its small setting
 	@set -e; for script in bench/*.py; do echo "== $$script"; $(BIN)/python $$script; done
 
-benchmark: $(STAMP) ## what docs/benchmark.md says, anew, below ./benchmark: MACPORTS=a clone of macports-ports; hours
+benchmark: $(STAMP) ## what docs/benchmark.md says, anew, below ./benchmark: MACPORTS=a clone of macports-ports, MOVIELENS=ml-1m (else downloaded); hours
 	@test -n "$(MACPORTS)" || { echo "where is the log? MACPORTS=FOLDER: a clone of macports-ports, or a converted copy" >&2; exit 2; }
 	$(BIN)/vista benchmark lifelong --config configs/benchmark/macports.toml --from "$(MACPORTS)" --out benchmark/macports
+	$(BIN)/vista benchmark lifelong --config configs/benchmark/ml-1m.toml $(if $(MOVIELENS),--from "$(MOVIELENS)") --out benchmark/ml-1m
 	$(BIN)/vista benchmark lifelong --config configs/benchmark/remembering.toml --out benchmark/remembering
 	$(BIN)/vista benchmark lifelong --config configs/benchmark/many-things.toml --out benchmark/many-things
 

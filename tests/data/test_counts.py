@@ -102,12 +102,13 @@ def brute_force(
                 values |= one_level(known, now, int(candidate), level, keys)
                 ages = [now - t for _, item, t in events if t < now and keys[item] == keys[candidate] != 0]
                 everything = [now - t for _, _, t in events if t < now]
-                ever = len(ages) / max(len(everything), 1)
-                of_all = [1e6 * ever, min(ages) / 1e6 if ages else NEVER_S, max(ages, default=0) / 1e6]
+                ever = (len(ages) + 1) / (len(everything) + 1)
+                of_all = [math.log(ever), math.log1p(min(ages) / 1e6 if ages else NEVER_S)]
+                of_all.append(math.log1p(max(ages, default=0) / 1e6))
                 for window_s in WINDOWS_S.values():
                     num, of = (sum(age <= window_s * 1e6 for age in some) for some in (ages, everything))
-                    of_all.append(1e6 * (num + 100 * ever) / (of + 100))
-                values |= {f"{level}_{name}": math.log1p(x) for name, x in zip(NAMES, of_all, strict=True)}
+                    of_all.append(math.log((num + 1) / (of + 1 / ever)))
+                values |= {f"{level}_{name}": x for name, x in zip(NAMES, of_all, strict=True)}
             if num_predecessors:
                 values |= preceding([item for item, _ in known], int(candidate), num_predecessors)
             out.append(values)
@@ -202,7 +203,7 @@ def test_event_at_the_time_of_the_request_is_not_counted() -> None:
     values = named(count_features(histories, CATALOGUE, shown))
     for name in ("item_count", "category_count", "history_length"):
         assert values[name] == pytest.approx(math.log1p(2)), name
-    assert values["item_popularity_share"] == pytest.approx(math.log1p(1e6))  # of what was before: the third is not
+    assert values["item_popularity_share"] == pytest.approx(0)  # all of what was before: the third is not
     assert values["item_events_since"] == pytest.approx(math.log1p(1))
     assert values["item_seconds_since"] == pytest.approx(math.log1p(10))
 
@@ -223,9 +224,8 @@ def test_changing_the_future_changes_nothing() -> None:
 def test_empty_history_has_designed_values() -> None:
     histories, shown = one_request([], [], now_s=5, candidate=3)
     values = named(count_features(histories, CATALOGUE, shown))
-    assert (
-        values["history_length"] == values["item_count"] == values["item_met"] == values["item_popularity_share"] == 0
-    )
+    assert values["history_length"] == values["item_count"] == values["item_met"] == 0
+    assert values["item_popularity_share"] == values["item_popularity_share_30d"] == 0  # one of one
     assert values["item_events_since"] == pytest.approx(math.log1p(NEVER_EVENTS))
     assert values["category_seconds_since"] == pytest.approx(math.log1p(NEVER_S), rel=1e-6)
     assert last_met(histories, shown).tolist() == [NEVER]
@@ -238,7 +238,7 @@ def test_cut_forgets_what_is_older_than_the_last_events() -> None:
     assert values["item_events_since"] == pytest.approx(math.log1p(NEVER_EVENTS))
     assert values["category_count"] == pytest.approx(math.log1p(2))  # item 3 is of the same category
     assert values["history_length"] == pytest.approx(math.log1p(2))
-    assert values["item_popularity_share"] == pytest.approx(math.log1p(1e6 / 3))
+    assert values["item_popularity_share"] == pytest.approx(math.log(2 / 4))
 
 
 def test_short_cut_of_a_long_group_keeps_its_precision() -> None:
@@ -255,9 +255,11 @@ def test_a_value_that_is_not_known_is_never_met() -> None:
     histories, shown = one_request([6, 6], [10, 20], now_s=40, candidate=6)  # item 6 has no category
     values = named(count_features(histories, CATALOGUE, shown))
     assert values["item_count"] == pytest.approx(math.log1p(2))
-    assert values["category_count"] == values["category_met"] == values["category_popularity_share"] == 0
+    assert values["category_count"] == values["category_met"] == 0
+    assert values["category_popularity_share"] == pytest.approx(math.log(1 / 3))
     padding = named(count_features(*replace_item(histories, shown, 0)))
-    assert padding["item_met"] == padding["item_popularity_share"] == 0
+    assert padding["item_met"] == 0
+    assert padding["item_popularity_share"] == pytest.approx(math.log(1 / 3))
 
 
 def replace_item(histories: Histories, shown: Impressions, item: int) -> tuple[Histories, Catalogue, Impressions]:

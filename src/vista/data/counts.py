@@ -199,8 +199,8 @@ class CountFeatures:
     Per level (``item``, and each categorical feature of the catalogue), all logarithms being log(1 + x):
     ``<level>_met`` 0 or 1, ``_count`` log count, ``_events_since`` log events since the last meeting (1 = the newest
     event; NEVER_EVENTS when there is none), ``_seconds_since`` likewise (NEVER_S), ``_count_1h`` .. ``_count_1y`` log
-    of the count in which an event that old counts a half, and the NAMES of `vista.data.popularity`, of all users, as of
-    the request itself (a model with a sketch reads a table some days old). And ``history_length`` and
+    of the count in which an event that old counts a half, and NAMES as `vista.data.popularity` has them, of all users,
+    as of the request itself (a model with a sketch reads a table some days old). And ``history_length`` and
     ``history_items``, the log number of events known and of different items among them; ``history_repeats``, the share
     of events whose item had been met before.
 

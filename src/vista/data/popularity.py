@@ -1,7 +1,8 @@
 """Popularity: how often and how lately anyone met an item and its categories, as of a moment.
 
-How often is a share of all events, so that a log whose traffic grows, or falls at night, leaves it where it was. The
-share in a window leans on that of all time where the window holds few events.
+How often is a share of all events, so that a log whose traffic grows, or falls with the season, leaves it where it was.
+Each share counts one event more than there was: of all time among as many as there were, in a window among as many
+more as one event takes at the item's share of all time. So a window with few events says what all time says.
 
 It is no fact about a user, so no user's record holds it: it is a table of the catalogue, remade in bulk from time to
 time, say with every `vista summarize`. Training and evaluation look at the log as such a table would have had it: as of
@@ -30,8 +31,6 @@ US_PER_HOUR = 3600 * US_PER_S
 WINDOWS_S = {"30d": 2_592_000, "1y": 31_557_600}
 NEVER_S = 1e10  # three centuries: beyond every true distance, or a model could take never for a long time ago
 BLOCK_ROWS = 500_000  # impressions, or events, handled at once: some ten megabytes of temporary arrays
-PRIOR_EVENTS = 100  # with the weight of so many events the share of all time counts in that of a window
-PER = 1e6  # shares are counted in events per million, whose logarithm tells rare items apart
 NAMES = ("popularity_share", "anyone_since", "anyone_first", *(f"popularity_share_{name}" for name in WINDOWS_S))
 TABLES_KEPT = 4  # of all items at once: a walk in time order needs one
 
@@ -56,10 +55,10 @@ class Popularity:
         return cls(moments, np.sort(key * (len(moments) + 1) + rank), key_of_item)
 
     def features(self, item: np.ndarray, at_us: np.ndarray) -> np.ndarray:
-        """NAMES of each item as of each moment, (C, F) float32, all logarithms being log(1 + x).
+        """NAMES of each item as of each moment, (C, F) float32.
 
-        Share of all events before, per million; seconds since the newest (NEVER_S where there is none) and since the
-        oldest of them; share of the events in each of the windows before.
+        Logarithm of the share of all events before; log(1 + x) of the seconds since the newest (NEVER_S where there is
+        none) and since the oldest of them; logarithm of the share in each of the windows before.
         """
         first, end = self._rows(item, at_us)
         if not len(self.code):
@@ -91,9 +90,10 @@ def _logs(
     windows: Sequence[tuple[np.ndarray, np.ndarray]],
 ) -> np.ndarray:  # fmt: skip
     """(C, F). num_events: of everything, where ``count`` are of the key; windows: the same two of each window."""
-    share = count / np.maximum(num_events, 1)
-    within = [(some + PRIOR_EVENTS * share) / (total + PRIOR_EVENTS) for some, total in windows]
-    return np.log1p(np.stack([PER * share, since, age, *(PER * x for x in within)], -1)).astype(np.float32)
+    share = (count + 1) / (num_events + 1)
+    within = [(some + 1) / (total + 1 / share) for some, total in windows]
+    columns = [np.log(share), np.log1p(since), np.log1p(age), *(np.log(x) for x in within)]
+    return np.stack(columns, -1).astype(np.float32)
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,9 @@ from vista.models.vista import SequenceModel, make_model
 from vista.schema import ContextColumn, Manifest, action_text
 
 POPULARITY = "popularity.safetensors"
-COUNTS = 2  # to be raised where a count or popularity comes to mean something else: models read them by place alone
+COUNTS_VERSION = (
+    2  # to be raised where a count or popularity comes to mean something else: models read them by place alone
+)
 VERSION_FILES = ("model.safetensors", "config.json", "schema.json")  # what a model version is made of
 DTYPES = {
     torch.float64: "F64", torch.int64: "I64", torch.float32: "F32", torch.int32: "I32", torch.float16: "F16",
@@ -58,7 +60,7 @@ class ModelSchema:
     context: tuple[ContextColumn, ...]
     catalogue_fingerprint: str
     count_features: tuple[str, ...] = ()
-    counts: int = COUNTS
+    counts_version: int = COUNTS_VERSION
 
     @classmethod
     def of(cls, manifest: Manifest, catalogue: Catalogue, count_features: tuple[str, ...] = ()) -> ModelSchema:
@@ -71,7 +73,7 @@ class ModelSchema:
     def from_json(cls, text: str) -> ModelSchema:
         """Raises ValueError, KeyError or TypeError for what is not a schema that this version made."""
         values = json.loads(text)
-        if values["count_features"] and values.get("counts") != COUNTS:
+        if values["count_features"] and values.get("counts_version") != COUNTS_VERSION:
             raise ValueError(
                 f"{values['count_features'][0]} and its like are not counted as when the model was trained"
             )

@@ -19,10 +19,11 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.serving.server import fill, saved_run
+from tests.serving.test_deployment import wait_until
 from tests.serving.test_server import AT, serving
 from vista.cli.main import app
 from vista.errors import CheckpointError, StoreError
-from vista.serving import server
+from vista.serving import connections, server
 from vista.serving.connections import MAX_HEAD_BYTES
 from vista.serving.metrics import Metrics
 from vista.serving.options import Limits, ServeOptions
@@ -128,6 +129,54 @@ def test_no_connection_is_held_by_who_never_ends_a_request(tmp_path, monkeypatch
         assert (took_s > 0.5) == (b"431" not in answer)
         time.sleep(0.7)
         assert served.client.get("/livez").status_code == 200, "an idle connection has all of its time"
+
+
+def test_connections_too_many_are_told_so_and_leave_the_others_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(connections, "TOO_MANY_S", 0.2)
+    with serving(tmp_path, limits=Limits(max_connections=3)) as served:
+        port = served.running.http_port
+        assert served.client.get("/livez").status_code == 200  # the first
+        with socket.create_connection(("127.0.0.1", port)), socket.create_connection(("127.0.0.1", port)):
+            time.sleep(0.1)
+            said, took_s = trickle(port, b"GET /livez HTTP/1.1\r\nhost: a\r\n\r\n", b"")
+            assert said.startswith(b"HTTP/1.1 503 ")
+            assert b"retry-after: 1" in said
+            assert took_s < 2
+            said, took_s = trickle(port, b"", b"")
+            assert said == b""
+            assert 0.1 < took_s < 5, "who says nothing is not kept, either"
+            assert served.post("/v1/rank", {"user": 1, "candidates": [1]}).status_code == 200
+        with httpx.Client(base_url=served.running.url) as other:
+            wait_until(lambda: other.get("/livez").status_code == 200)  # there is room again
+    assert served.running.service.metrics.registry.get_sample_value("vista_connections_refused_total") >= 2
+
+
+@pytest.mark.parametrize(
+    ("wanted", "limits", "most"), [(100, (200, 1000), 100), (1000, (200, 1000), 744), (1000, (200, 300), 150)]
+)
+def test_as_many_connections_as_files_may_be_open(monkeypatch, wanted, limits, most):
+    set_to = []
+    monkeypatch.setattr(connections.resource, "getrlimit", lambda which: limits)
+    monkeypatch.setattr(connections.resource, "setrlimit", lambda which, to: set_to.append(to))
+    assert connections.most_connections(wanted) == most
+    assert set_to == [(min(wanted + 256, limits[1]), limits[1])]
+
+
+def test_what_waits_has_one_time_to_end_in_all(tmp_path):
+    """Five queues, each with work that takes longer than that."""
+    run = saved_run(tmp_path / "run")
+    url = str(tmp_path / "store")
+    with open_store(url) as store:
+        fill(store, run)
+        service = Service(ServeOptions(tmp_path / "run", url, limits=Limits(drain_s=0.5)), store, Metrics())
+        release = threading.Event()
+        for lane in (service._recommend, service._users, service._looks):
+            lane.submit(lambda: release.wait(20), time.monotonic() + 60)
+        began_s = time.monotonic()
+        service.close()
+        took_s = time.monotonic() - began_s
+        release.set()
+    assert 0.4 < took_s < 1.4
 
 
 def test_large_bodies_do_not_count_as_heads(tmp_path):

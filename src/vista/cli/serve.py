@@ -27,6 +27,9 @@ def serve(
     max_events: Annotated[int, typer.Option(min=1, help="Most events of one request.")] = 10_000,
     max_body_bytes: Annotated[int, typer.Option(min=1, help="Largest body of a request.")] = 4_194_304,
     max_waiting: Annotated[int, typer.Option(min=1, help="Most requests that wait in a queue.")] = 256,
+    max_connections: Annotated[
+        int, typer.Option(min=1, help="Most connections over HTTP, idle ones among them.")
+    ] = 4096,
     max_exact_items: Annotated[
         int, typer.Option(min=0, help="Catalogues up to this size are recommended from by scoring every item.")
     ] = 50_000,
@@ -70,7 +73,7 @@ def serve(
         ) from error
     limits = Limits(
         timeout_s=timeout_s, max_candidates=max_candidates, max_events=max_events, max_body_bytes=max_body_bytes,
-        max_waiting=max_waiting, max_exact_items=max_exact_items, drain_s=drain_s,
+        max_waiting=max_waiting, max_connections=max_connections, max_exact_items=max_exact_items, drain_s=drain_s,
     )  # fmt: skip
     options = ServeOptions(
         run, store, host, http_port, grpc_port, limits, watch_s, degrade, cache_users, cache_ttl_s, threads,

@@ -40,6 +40,7 @@ class Metrics:
         )  # fmt: skip
         self.events = Counter("vista_events", "Events posted, by what became of them.", ["outcome"], registry=own)
         self.dropped = Counter("vista_dropped", "Work not begun: its deadline had passed.", ["queue"], registry=own)
+        self.turned_away = Counter("vista_connections_refused", "HTTP connections beyond the most.", registry=own)
         self.depth = Gauge("vista_queue_depth", "Requests waiting.", ["queue"], registry=own)
         self.model = Gauge("vista_model_info", "1 for the model version that answers.", ["version"], registry=own)
         self.switches = Counter("vista_switches", "Changes to another model version.", registry=own)

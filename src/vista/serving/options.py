@@ -20,6 +20,7 @@ class Limits:
     max_events: int = 10_000  # of one request
     max_body_bytes: int = 4 * MEBIBYTE
     max_waiting: int = 256  # requests in a queue; the next one is refused
+    max_connections: int = 4096  # over HTTP, idle ones among them; the next one is refused
     max_batch_candidates: int = 16_384  # scored in one batch, of all requests together
     max_exact_items: int = 50_000  # catalogues up to this size are recommended from by scoring every item
     drain_s: float = 10.0  # for requests in flight, after the signal to end

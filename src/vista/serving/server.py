@@ -13,7 +13,7 @@ import torch
 import uvicorn
 
 from vista.errors import ConfigError
-from vista.serving.connections import protocol
+from vista.serving.connections import most_connections, protocol
 from vista.serving.grpc_server import GrpcServer
 from vista.serving.history import HistorySource
 from vista.serving.http import application
@@ -131,9 +131,11 @@ class Server:
 
     def _http_config(self) -> uvicorn.Config:
         options = self._options
+        request_s = ARRIVAL_SHARE * max(options.limits.timeout_s, LOOK_TIMEOUT_S)
+        most = most_connections(options.limits.max_connections)
         return uvicorn.Config(
             application(self._service, self._token), log_config=None, access_log=False, lifespan="off", ws="none",
-            http=protocol(ARRIVAL_SHARE * max(options.limits.timeout_s, LOOK_TIMEOUT_S)),
+            http=protocol(request_s, most, self._service.metrics.turned_away.inc),
             server_header=False, backlog=BACKLOG, timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=max(int(options.limits.drain_s), 1),
             ssl_certfile=options.tls_cert, ssl_keyfile=options.tls_key,

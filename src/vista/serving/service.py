@@ -73,10 +73,11 @@ class Service:
         metrics.ready.set_function(lambda: float(not self.why_not_ready()))
 
     def close(self) -> None:
-        """Answer what waits, then end the threads."""
+        """Answer what waits, for ``drain_s`` in all, then end the threads."""
         self.deployment.close()
+        end_s = time.monotonic() + self.limits.drain_s
         for lane in (self._rank, self._events, self._recommend, self._users, self._looks):
-            lane.close(self.limits.drain_s)
+            lane.close(max(end_s - time.monotonic(), 0))
 
     @property
     def model(self) -> Model:

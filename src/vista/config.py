@@ -86,8 +86,8 @@ class ModelConfig:
 
     @property
     def raw_events(self) -> int:
-        """[R] newest events before a request that the model reads as they are."""
-        return {"vista": self.recent_events, "recent": self.recent_events, "counts": 0}.get(
+        """[R] newest events before a request that the model reads as they are; counts read the time of the newest."""
+        return {"vista": self.recent_events, "recent": self.recent_events, "counts": 1}.get(
             self.kind, self.history_events
         )
 

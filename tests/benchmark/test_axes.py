@@ -160,7 +160,7 @@ def test_entries_that_differ_in_a_setting_alone_stay_apart(tmp_path):
         plan(events=[120]), entries=choose(["vista-tokens@num_seeds=4", "vista-tokens@num_seeds=8"]), seeds=[0]
     )
     cells = run_plan(asked, tmp_path, say=lambda text: None)["membership"]
-    assert [cell.evaluation.model for cell in cells] == ["vista qla slots, num_seeds=4", "vista qla slots, num_seeds=8"]
+    assert [cell.evaluation.model for cell in cells] == ["vista-tokens@num_seeds=4", "vista-tokens@num_seeds=8"]
     assert cells[0].bytes_per_user < cells[1].bytes_per_user
     with pytest.raises(ConfigError, match="did you mean 'num_seeds'"):
         choose(["vista@num_seed=4"])

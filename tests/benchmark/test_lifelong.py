@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ import vista.benchmark.cells
 from vista.benchmark.cells import Cell, Plan, run_plan
 from vista.benchmark.entries import ENTRIES, choose
 from vista.benchmark.report import write_benchmark
-from vista.benchmark.sets import NEGATIVES, own_log, worlds
+from vista.benchmark.sets import NEGATIVES, converted, own_log, worlds
 from vista.benchmark.verdict import judge, rewarded_length
 from vista.cli.main import app
 from vista.data.prepare import PrepareOptions
+from vista.data.public import CONVERTERS
 from vista.errors import ConfigError
 from vista.evaluation.results import Evaluation
 
@@ -121,25 +123,39 @@ def cells_of(**ne: list[float]) -> list[Cell]:
 
 
 def test_a_set_is_lifelong_only_if_both_controls_are_beaten_surely():
-    sure = judge("x", cells_of(recent=[0.9, 0.91], counts_64=[0.8, 0.81], counts=[0.95, 0.95], vista=[0.7, 0.712]))
-    assert sure is not None
+    sure = judge("x", cells_of(recent=[0.9, 0.91], counts_64=[0.8, 0.81], counts=[0.95, 0.95], vista=[0.7, 0.712]), {})
     assert (sure.best, sure.is_lifelong) == ("vista", True)
     assert "vista beats recent by 0.1990" in sure.sentence()
     assert "the whole history pays here" in sure.sentence()
-    unsure = judge("x", cells_of(recent=[0.9, 0.91], counts_64=[0.7, 0.81], vista=[0.7, 0.71]))
-    assert unsure is not None
+    unsure = judge("x", cells_of(recent=[0.9, 0.91], counts_64=[0.7, 0.81], vista=[0.7, 0.71]), {})
     assert not unsure.is_lifelong
     assert "not enough to call this set lifelong" in unsure.sentence()
-    alone = judge("x", cells_of(recent=[0.9], counts_64=[0.8], vista=[0.7]))
-    assert alone is not None
+    alone = judge("x", cells_of(recent=[0.9], counts_64=[0.8], vista=[0.7]), {})
     assert not alone.is_lifelong
     assert "run more seeds" in alone.sentence()
     assert "nan" not in alone.sentence()
-    behind = judge("x", cells_of(recent=[0.5, 0.51], counts_64=[0.8, 0.81], vista=[0.7, 0.71]))
-    assert behind is not None
+    behind = judge("x", cells_of(recent=[0.5, 0.51], counts_64=[0.8, 0.81], vista=[0.7, 0.71]), {})
     assert "vista is behind recent by 0.2000" in behind.sentence()
     assert "and beats counts-64 by 0.1000" in behind.sentence()
-    assert judge("x", cells_of(recent=[0.9])) is None
+    nothing = judge("x", cells_of(recent=[0.9], din=[0.8]), {})
+    assert "no entry here reads the whole history" in nothing.sentence()
+    unknown = judge("x", cells_of(recent=[nan] * 3, counts=[nan] * 3), {})
+    assert "NE cannot be measured" in unknown.sentence()
+    assert "seed" not in unknown.sentence()
+
+
+def test_the_whole_history_is_a_summary_or_exact_counts_and_no_window():
+    """`recent+counts` reads all of it; `din` reads its newest events, and cut counts theirs."""
+    names = ["recent+counts", "vista-tokens", "vista+counts@count_last_events=64", "counts@count_predecessors=4"]
+    assert all(entry.reads_all({}) for entry in choose(names))
+    cut = ["din", "din-256", "mean", "recent-4096", "counts@count_last_events=64", "recent+counts@count_last_events=64"]
+    assert not any(entry.reads_all({}) for entry in choose(cut))
+    assert not choose(["counts"])[0].reads_all({"model.count_last_events": 64})
+    assert not choose(["vista@num_seeds=0"])[0].reads_all({})
+    best = judge(
+        "x", cells_of(recent=[0.9], counts_64=[0.8], din_128=[0.6], counts=[0.85], **{"recent+counts": [0.7]}), {}
+    )
+    assert best.best == "recent+counts"
 
 
 def test_the_rewarded_length_is_the_first_that_the_whole_history_does_not_surely_beat():
@@ -148,6 +164,13 @@ def test_the_rewarded_length_is_the_first_that_the_whole_history_does_not_surely
     assert rewarded_length(cells_of(counts=[0.5, 0.5], **cuts)) == 0
     assert rewarded_length(cells_of(counts=[0.9, 0.9], **cuts)) == 64
     assert rewarded_length(cells_of(counts=[0.9, 0.9])) is None
+    assert rewarded_length(cells_of(counts=[0.6], counts_64=[0.9], counts_512=[0.7])) is None, "one seed"
+    other = {"counts-64@count_predecessors=4": [0.7, 0.7], "counts-64@count_last_events=128": [0.7, 0.7]}
+    assert rewarded_length(cells_of(counts=[0.7, 0.7], **cuts, **other)) == 4096, "other models with a cut"
+
+
+def test_whoever_is_named_twice_runs_once():
+    assert [entry.name for entry in choose(["counts", "recent", "counts"])] == ["counts", "recent"]
 
 
 def test_an_own_log_is_prepared_by_the_protocol_and_judged_in_one_sentence(tmp_path):
@@ -165,7 +188,8 @@ def test_an_own_log_is_prepared_by_the_protocol_and_judged_in_one_sentence(tmp_p
         "--max-steps",
         "2",
     ]
-    result = CliRunner().invoke(app, ["benchmark", "lifelong", "--events", str(tmp_path / "shop.csv"), *arguments])
+    command = ["benchmark", "lifelong", "--events", str(tmp_path / "shop.csv"), *arguments]
+    result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
     recent, counts = (
         float(re.search(rf"shop, {name}, seed 0: \w+ NE (\S+)", result.output)[1]) for name in ("recent", "counts")
@@ -176,6 +200,19 @@ def test_an_own_log_is_prepared_by_the_protocol_and_judged_in_one_sentence(tmp_p
     assert (tmp_path / "out" / "index.html").exists()
     options = own_log(PrepareOptions(str(tmp_path / "shop.csv"))).options(tmp_path)
     assert {name: getattr(options, name) for name in NEGATIVES} == NEGATIVES
+    log.head(1000).write_csv(tmp_path / "shop.csv")  # the log is another one now
+    again = CliRunner().invoke(app, command)
+    assert again.exit_code == 2
+    assert "or of other files" in again.output
+
+
+def test_a_copy_of_a_public_log_is_told_from_another_one(tmp_path):
+    def made(text: str) -> object:
+        (tmp_path / "ratings.dat").write_text(text)
+        return converted("x", "", "movielens", tmp_path, CONVERTERS["movielens"].options()).described
+
+    assert made("1::1::5::1") == made("2::2::4::2")  # of a large folder names and sizes are looked at
+    assert made("1::1::5::1") != made("1::1::5::1\n1::2::5::2")
 
 
 def test_an_own_log_with_impressions_is_measured_on_what_was_shown(done, tmp_path):
@@ -194,6 +231,8 @@ def test_an_own_log_with_impressions_is_measured_on_what_was_shown(done, tmp_pat
         (["--models", "counts+counts"], "has counts twice"),
         (["--worlds", "needel"], "did you mean 'needle'"),
         (["--seeds", "one"], "whole numbers"),
+        (["--seeds", ","], "whole numbers"),
+        (["--models", ","], "name at least one entry"),
         (["--size", "huge"], "unknown"),
     ],
 )
@@ -224,4 +263,3 @@ def test_a_number_behind_an_entry_cuts_it_to_so_many_events():
         256,
         "din+counts",
     )
-    assert (recent.is_full, counts.is_full, din.is_full) == (False, False, True)

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from tests.training.worlds import SMALL, write_world
 from vista.batches.feeds import make_feed
 from vista.batches.timelines import TimelineWalk
 from vista.checkpoint import Run, load_run
-from vista.config import resolve
-from vista.data.histories import PreparedData
+from vista.cli.main import app
+from vista.config import resolve, setting_key
+from vista.data.histories import Impressions, PreparedData
 from vista.errors import CheckpointError, ConfigError
-from vista.evaluation.evaluate import best_possible, evaluate, model_name, with_candidates
+from vista.evaluation.evaluate import best_possible, evaluate, model_name, model_names, with_candidates
 from vista.evaluation.metrics import normalized_entropy, ranking_metrics
 from vista.evaluation.results import Evaluation
 from vista.jobs.summarize import summarize
@@ -83,9 +86,49 @@ def test_full_ranking_ranks_the_positive_among_all_items(data, run):
         assert result.metrics["click"][name] == pytest.approx(value), name
 
 
+def test_a_positive_that_the_catalogue_does_not_hold_is_left_out_of_the_full_ranking(data, run, monkeypatch):
+    """As in new data that was prepared with the catalogue of older data."""
+    whole = evaluate(run, data, full_ranking=True, quiet=True).metrics["click"]["num_ranked"]
+    impressions = PreparedData.impressions
+    changed = 0
+
+    def with_unknown(self: PreparedData, split: str) -> Impressions:
+        nonlocal changed
+        found = impressions(self, split)
+        item = np.array(found.item)
+        first = found.offsets[0]
+        rows = np.arange(first, found.offsets[10])
+        rows = rows[np.asarray(found.label[rows, 0]) == 1]
+        item[rows] = 2  # an unknown bucket
+        changed = sum(np.asarray(found.label[found.offsets[r] : found.offsets[r + 1], 0]).sum() == 1 for r in range(10))
+        return replace(found, item=item)
+
+    monkeypatch.setattr(PreparedData, "impressions", with_unknown)
+    ranked = evaluate(run, data, full_ranking=True, quiet=True).metrics["click"]["num_ranked"]
+    assert changed > 0
+    assert ranked == whole - changed
+
+
+def test_tables_tell_models_apart_that_differ_in_a_setting_alone(data, run, tmp_path):
+    """Their mean would be of no model."""
+    wide, other_seed = run_of(data, tmp_path / "a", head_width=8), run_of(data, tmp_path / "b", seed=1, head_width=8)
+    narrow = run_of(data, tmp_path / "c", head_width=4)
+    plain = model_name(wide)
+    assert model_names([wide, other_seed]) == [plain, plain]
+    assert model_names([wide, other_seed, narrow]) == [*[f"{plain}, head_width=8"] * 2, f"{plain}, head_width=4"]
+    with pytest.raises(ConfigError, match="each run once"):
+        model_names([wide, load_run(wide.folder)])
+    told = CliRunner().invoke(
+        app, ["evaluate", str(wide.folder), str(narrow.folder), "--data", str(data.folder), "--json"]
+    )
+    assert [e["model"] for e in json.loads(told.stdout)["evaluations"]] == [
+        f"{plain}, head_width=8", f"{plain}, head_width=4",
+    ]  # fmt: skip
+
+
 def run_of(data: PreparedData, folder: Path, **settings: object) -> Run:
     """A run of three steps."""
-    overrides = SMALL | {"train.max_steps": 3} | {f"model.{name}": value for name, value in settings.items()}
+    overrides = SMALL | {"train.max_steps": 3} | {setting_key(name): value for name, value in settings.items()}
     return load_run(train(data, folder, resolve("tiny", overrides=overrides), quiet=True))
 
 

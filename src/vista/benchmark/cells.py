@@ -125,8 +125,7 @@ def _run_cell(data: PreparedData, config: Config, entry: Entry, seed: int, folde
         shutil.rmtree(run_folder, ignore_errors=True)
     train(data, run_folder, config, resume=can_resume, device=device)
     run = load_run(run_folder, device)
-    evaluation = evaluate(run, data)
-    evaluation = replace(evaluation, model=", ".join([evaluation.model, *entry.own_settings]))
+    evaluation = replace(evaluate(run, data), model=entry.name)
     last = evaluation.learning_curve[-1] if evaluation.learning_curve else {"elapsed_s": 0.0, "step": 0}
     num_weights = sum(p.numel() for p in run.model.parameters())
     cell = Cell(

@@ -112,7 +112,7 @@ def _run(path: Path, tables: Mapping[str, Any]) -> RunChoice:
     if steps is not None and (not isinstance(steps, int) or steps < 1):
         raise ConfigError(f"{path}: [run] max_steps = {steps!r}: a whole number above 0")
     return RunChoice(
-        None if models is None else tuple(models), None if seeds is None else tuple(seeds), size, steps,
+        None if models is None else tuple(models), None if seeds is None else tuple(dict.fromkeys(seeds)), size, steps,
         dict(tables.get("settings", {})),
     )  # fmt: skip
 

@@ -6,7 +6,7 @@ behind an ``@``, as in ``vista@num_seeds=16@width=64``, is a setting of this ent
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,30 +21,26 @@ WINDOWS = {"counts": "model.count_last_events", "recent": "model.recent_events"}
 
 @dataclass(frozen=True)
 class Entry:
-    """One model of a benchmark: its name on the command line and in folders, and the settings that make it.
-
-    is_full: reads the whole history, or as much of it as its window holds; else it is a control that is cut short.
-    """
+    """One model of a benchmark: its name on the command line, in folders and tables, and the settings that make it."""
 
     name: str
     settings: dict[str, Any] = field(default_factory=dict)
-    is_full: bool = True
 
-    @property
-    def own_settings(self) -> list[str]:
-        """What stands behind each ``@`` of its name: tables name the model by it, too, or two entries were one."""
-        return self.name.split("@")[1:]
-
-    def config(self, size: str, seed: int, training: dict[str, Any]) -> Config:
+    def config(self, size: str, seed: int, training: Mapping[str, Any]) -> Config:
         """Resolved settings of one run."""
         return resolve(size, overrides={**training, **self.settings, "train.seed": seed})
 
+    def reads_all(self, training: Mapping[str, Any]) -> bool:
+        """Whether it reads the whole history, as a summary or as exact counts, and not so many newest events alone."""
+        model = self.config("tiny", 0, training).model
+        return (model.kind == "vista" and model.num_seeds > 0) or (model.with_counts and not model.count_last_events)
+
 
 def _cut(entry: Entry, last: int) -> Entry:
-    """The same model over the newest ``last`` events. Counts of so many are a control, as recent events are."""
+    """The same model over the newest ``last`` events."""
     window = _window(entry)
     assert window is not None
-    return Entry(f"{entry.name}-{last}", {**entry.settings, window: last}, is_full=window == HISTORY)
+    return Entry(f"{entry.name}-{last}", {**entry.settings, window: last})
 
 
 def _window(entry: Entry) -> str | None:
@@ -54,12 +50,9 @@ def _window(entry: Entry) -> str | None:
 
 
 def _all() -> tuple[Entry, ...]:
-    recent, counts = (
-        Entry("recent", {"model.model": "recent"}, is_full=False),
-        Entry("counts", {"model.model": "counts"}),
-    )
+    counts = Entry("counts", {"model.model": "counts"})
     return (
-        recent,
+        Entry("recent", {"model.model": "recent"}),
         *(_cut(counts, last) for last in COUNTED_EVENTS),
         counts,
         Entry("vista"),
@@ -76,8 +69,8 @@ DEFAULT_ENTRIES = tuple(ENTRIES)
 
 def choose(names: Iterable[str]) -> list[Entry]:
     """Entries by name; one that reads raw events may be cut to the newest N of them, ``din-256``, and any but
-    ``counts`` may have ``+counts`` behind it. Raises ConfigError for an unknown one."""
-    return [_find(name) for name in names]
+    ``counts`` may have ``+counts`` behind it. Each once. Raises ConfigError for an unknown one."""
+    return [_find(name) for name in dict.fromkeys(names)]
 
 
 def _find(name: str) -> Entry:
@@ -96,7 +89,7 @@ def _find(name: str) -> Entry:
         if model == "counts":
             raise ConfigError(f"--models: {base!r} has counts twice; write {plain!r}")
         settings["model.model"] = model + WITH_COUNTS
-    return Entry(name, settings | dict(_setting(name, pair) for pair in pairs), entry.is_full)
+    return Entry(name, settings | dict(_setting(name, pair) for pair in pairs))
 
 
 def _setting(name: str, pair: str) -> tuple[str, str]:

@@ -15,6 +15,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -56,15 +57,18 @@ class Part:
     data: PreparedData
     cells: Sequence[Cell]
     runs: list[Runs]
-    verdict: Verdict | None
+    verdict: Verdict
     sweep: Sweep | None
     folder: Path
 
     @classmethod
-    def of(cls, one: BenchmarkSet, folder: Path, cells: Sequence[Cell], sweep: Sweep | None) -> Part:
+    def of(
+        cls, one: BenchmarkSet, folder: Path, cells: Sequence[Cell], training: Mapping[str, Any], sweep: Sweep | None
+    ) -> Part:
+        """training: settings that all entries were trained with."""
         data = one.open(folder)
         runs = group_runs([c.evaluation for c in cells], best_possible(data))
-        return cls(one, data, cells, runs, judge(one.name, cells), sweep, folder)
+        return cls(one, data, cells, runs, judge(one.name, cells, training), sweep, folder)
 
     def write(self) -> None:
         """The full report of the set, and the plots that the page shows."""
@@ -145,7 +149,9 @@ def write_benchmark(
 ) -> Path:
     """Write the page and the reports of the sets that have a cell; the path of index.html."""
     found = [one for one in plan.sets if cells[one.name]]
-    parts = [Part.of(one, out / one.name, cells[one.name], (sweeps or {}).get(one.name)) for one in found]
+    parts = [
+        Part.of(one, out / one.name, cells[one.name], plan.training, (sweeps or {}).get(one.name)) for one in found
+    ]
     for part in parts:
         part.write()
     title = "Lifelong benchmark"
@@ -206,7 +212,7 @@ def _facts(plan: Plan, cells: dict[str, list[Cell]], command: Sequence[str]) -> 
 
 def _markdown(title: str, facts: Sequence[str], parts: Sequence[Part]) -> str:
     lines = [f"# {title}", "", *(f"{fact}\n" for fact in facts)]
-    lines += [f"- {part.verdict.sentence()}" for part in parts if part.verdict]
+    lines += [f"- {part.verdict.sentence()}" for part in parts]
     for part in parts:
         lines += ["", f"## {part.one.name}", "", part.about, ""]
         lines += [f"{part.lengths}\n"] if part.lengths else []
@@ -220,7 +226,7 @@ def _markdown(title: str, facts: Sequence[str], parts: Sequence[Part]) -> str:
 
 def _html(title: str, facts: Sequence[str], parts: Sequence[Part]) -> str:
     body = [f"<h1>{title}</h1>", *(f'<p class="note">{html.escape(fact)}</p>' for fact in facts), "<ul>"]
-    body += [f"<li>{html.escape(part.verdict.sentence())}</li>" for part in parts if part.verdict]
+    body += [f"<li>{html.escape(part.verdict.sentence())}</li>" for part in parts]
     body += ["</ul>"]
     for part in parts:
         name = html.escape(part.one.name)

@@ -7,8 +7,9 @@ gives a positive away, and each source can be looked at alone.
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from vista.checkpoint import write_text
 from vista.data.histories import PreparedData
 from vista.data.prepare import PrepareOptions, prepare
 from vista.data.public import CONVERTERS
+from vista.data.tables import find_files
 from vista.data.worlds import WorldOptions, write_world
 from vista.data.worlds.base import World
 from vista.data.worlds.write import WORLDS, make_world
@@ -110,8 +112,8 @@ class BenchmarkSet:
         described = json.dumps(self.described, indent=1, sort_keys=True, default=str) + "\n"
         if (log.exists() or place.exists()) and note.exists() and note.read_text() != described:
             raise StaleOutput(
-                f"{folder} holds data of a set {self.name!r} with other settings (see {note}); choose another --out, "
-                "or remove that folder"
+                f"{folder} holds data of a set {self.name!r} with other settings, or of other files (see {note}); "
+                "choose another --out, or remove that folder"
             )
         if not place.exists():
             folder.mkdir(parents=True, exist_ok=True)
@@ -181,6 +183,8 @@ def converted(
         return PrepareOptions(**{**found, **made, **prepared})
 
     described = {"converter": converter, "options": asdict(options), "prepare": prepared}
+    if source is not None:
+        described["source"] = _sizes(source)
     convert = CONVERTERS[converter].convert
     return BenchmarkSet(name, about, tables, lambda folder: convert(folder, source, options), described)
 
@@ -190,5 +194,24 @@ def own_log(options: PrepareOptions) -> BenchmarkSet:
     if options.impressions is None:
         options = replace(options, max_requests=min(options.max_requests, MAX_REQUESTS), **NEGATIVES)
     name = Path(options.events).stem.strip("*?") or "log"
-    described = {"prepare": asdict(replace(options, events=str(Path(options.events).absolute())))}
+    paths = {"events": options.events, "items": options.items, "impressions": options.impressions}
+    given: dict[str, Any] = {part: str(Path(path).absolute()) for part, path in paths.items() if path is not None}
+    content = {part: _content(find_files(path, part)) for part, path in given.items()}
+    described = {"prepare": asdict(replace(options, **given)), "content": content}
     return BenchmarkSet(name, f"The event log {options.events}.", lambda folder: options, described=described)
+
+
+def _content(files: Iterable[Path]) -> str:
+    """SHA-256 over the content of files: a log that has grown, or was corrected, is another one."""
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _sizes(source: Path) -> str:
+    """SHA-256 over names and sizes of a folder's files: a public log may be large, and its copies differ in that."""
+    files = sorted(path for path in source.rglob("*") if path.is_file()) if source.is_dir() else [source]
+    listed = [(path.relative_to(source).as_posix(), path.stat().st_size) for path in files if path.exists()]
+    return hashlib.sha256(json.dumps(listed).encode()).hexdigest()

@@ -7,8 +7,10 @@ ranker on recent events and counts cut to as many, by more than three standard e
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from vista.benchmark.cells import Cell
 from vista.benchmark.entries import choose
@@ -16,6 +18,7 @@ from vista.evaluation.metrics import Estimate, mean_and_standard_error, paired_d
 
 NEEDED_ERRORS = 3.0
 RECENT, CUT_COUNTS, ALL_COUNTS = "recent", "counts-64", "counts"
+CUT_NAME = re.compile(ALL_COUNTS + r"-(\d+)")
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,8 @@ class Gain:
 
 @dataclass(frozen=True)
 class Verdict:
-    """best: the full-history entry of the lowest NE; gains: over each control that was run with the same seeds."""
+    """best: the entry of the lowest NE among those that read the whole history, or empty where there is none; gains:
+    over each control that was run with the same seeds."""
 
     name: str
     best: str
@@ -53,8 +57,12 @@ class Verdict:
 
     def sentence(self) -> str:
         """One sentence for whoever wants to know whether lifelong history pays on this log."""
+        if not self.best:
+            return f"{self.name}: no entry here reads the whole history; add counts or vista to know whether it pays."
         if not self.gains:
             return f"{self.name}: not enough runs to tell whether the whole history pays."
+        if any(math.isnan(gain.gain.mean) for gain in self.gains):
+            return f"{self.name}: NE cannot be measured on its test split, where all labels are alike: no verdict."
         verbs = {gain.verb: [str(g) for g in self.gains if g.verb == gain.verb] for gain in self.gains}
         stands = " and ".join(f"{verb} {' and '.join(over)}" for verb, over in verbs.items())
         if any(math.isnan(gain.gain.standard_error) for gain in self.gains):
@@ -63,11 +71,11 @@ class Verdict:
         return f"{self.name}: with the whole history {self.best} {stands}: {says}."
 
 
-def judge(name: str, cells: Sequence[Cell]) -> Verdict | None:
-    """The verdict on the first task; None without a full-history entry."""
-    full = {entry.name for entry in choose({c.entry for c in cells}) if entry.is_full}
+def judge(name: str, cells: Sequence[Cell], training: Mapping[str, Any]) -> Verdict:
+    """The verdict on the first task. training: settings that all entries were trained with."""
+    full = [entry.name for entry in choose(c.entry for c in cells) if entry.reads_all(training)]
     if not full:
-        return None
+        return Verdict(name, "", ())
     best = min(full, key=lambda entry: mean_and_standard_error(list(scores(cells, entry).values())).mean)
     gains = []
     for control in (RECENT, CUT_COUNTS):
@@ -87,19 +95,17 @@ def scores(cells: Sequence[Cell], entry: str, metric: str = "ne") -> dict[int, f
 def rewarded_length(cells: Sequence[Cell]) -> int | None:
     """The number of last events from which on counting in more of them no longer helps, by NEEDED_ERRORS.
 
-    0: even the longest cut is beaten by the whole history. None where counts or their cuts were not run.
+    0: even the longest cut is beaten by the whole history. None where counts or their cuts were not run, or not with
+    seeds enough to tell.
     """
     whole = scores(cells, ALL_COUNTS)
-    cuts = {
-        e.settings["model.count_last_events"]: e.name
-        for e in choose({c.entry for c in cells if c.entry.startswith("counts-")})
-    }
-    found = {last: scores(cells, entry) for last, entry in sorted(cuts.items())}
-    if not whole or not any(found.values()):
-        return None
-    for last, cut in found.items():
+    cuts = {int(found[1]): c.entry for c in cells if (found := CUT_NAME.fullmatch(c.entry))}
+    for last, entry in sorted(cuts.items()):
+        cut = scores(cells, entry)
         common = sorted(whole.keys() & cut.keys())
         gain = paired_difference([cut[seed] for seed in common], [whole[seed] for seed in common])
-        if common and not gain.in_standard_errors > NEEDED_ERRORS:
+        if math.isnan(gain.standard_error):
+            return None
+        if not gain.in_standard_errors > NEEDED_ERRORS:
             return last
-    return 0
+    return 0 if cuts else None

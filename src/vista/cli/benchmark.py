@@ -86,7 +86,7 @@ def lifelong(
     sweeps = sweep_axes(plan, out, cells, typer.echo)
     typer.echo("")
     report = write_benchmark(plan, cells, out, ["vista", *sys.argv[1:]], sweeps)
-    typer.echo(_verdicts(cells))
+    typer.echo(_verdicts(cells, plan.training))
     typer.echo(f"report: {report}")
 
 
@@ -129,7 +129,9 @@ def _plan(
         )
     else:
         sets = _sets(own, worlds)
-    names = tuple(_names(chosen.models)) if chosen.models else None
+    names = tuple(_names(chosen.models)) if chosen.models is not None else None
+    if names == ():
+        raise ConfigError(f"--models {chosen.models!r}: name at least one entry, as in counts,vista, or leave it out")
     seeds = _seeds(chosen.seeds) if chosen.seeds is not None else None
     choice = choice.under(RunChoice(names, seeds, chosen.size, chosen.max_steps, chosen.settings))
     given = Axis.parse(axis)
@@ -158,20 +160,22 @@ def _names(text: str) -> list[str]:
 
 
 def _seeds(text: str) -> tuple[int, ...]:
-    """Raises ConfigError for what is no whole number."""
+    """Each once. Raises ConfigError for none, and for what is no whole number."""
     from vista.errors import ConfigError
 
     try:
-        return tuple(int(seed) for seed in _names(text))
+        seeds = tuple(dict.fromkeys(int(seed) for seed in _names(text)))
     except ValueError:
-        raise ConfigError(f"--seeds {text!r}: write whole numbers, separated by commas, as in 0,1,2") from None
+        seeds = ()
+    if not seeds:
+        raise ConfigError(f"--seeds {text!r}: write whole numbers, separated by commas, as in 0,1,2")
+    return seeds
 
 
-def _verdicts(cells: dict[str, list[Any]]) -> str:
+def _verdicts(cells: dict[str, list[Any]], training: dict[str, Any]) -> str:
     from vista.benchmark.verdict import judge
 
-    found = (judge(name, mine) for name, mine in cells.items() if mine)
-    return "\n".join(verdict.sentence() for verdict in found if verdict)
+    return "\n".join(judge(name, mine, training).sentence() for name, mine in cells.items() if mine)
 
 
 @app.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -27,7 +28,7 @@ def evaluate(
     from vista.data.histories import PreparedData
     from vista.devices import chosen_device
     from vista.errors import ConfigError, nearest
-    from vista.evaluation.evaluate import best_possible
+    from vista.evaluation.evaluate import best_possible, model_names
     from vista.evaluation.evaluate import evaluate as evaluate_run
     from vista.evaluation.report import write_report
     from vista.evaluation.tables import render_table
@@ -36,7 +37,11 @@ def evaluate(
     if split not in SPLITS:
         raise ConfigError(f"--split {split!r}: unknown{nearest(split, SPLITS)}")
     place, prepared = str(chosen_device(device)), PreparedData.open(data)
-    evaluations = [evaluate_run(load_run(run, place), prepared, split, full_ranking) for run in runs]
+    loaded = [load_run(run, place) for run in runs]
+    evaluations = [
+        replace(evaluate_run(run, prepared, split, full_ranking), model=name)
+        for run, name in zip(loaded, model_names(loaded), strict=True)
+    ]
     best = best_possible(prepared, split)
     if as_json:
         both = {"evaluations": [e.to_json() for e in evaluations], "best_possible": best.to_json() if best else None}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,8 @@ from vista.evaluation.tables import BEST_POSSIBLE
 from vista.models.batch import Requests
 from vista.progress import Progress
 
+# Settings that make no other model: runs that differ in these alone are runs of one.
+OF_NO_MODEL = ("seed", "checkpoint_every_s", "steps_ahead", "portions_per_step")
 RANKED_AT_ONCE = 65_536  # candidates x requests scored together in full ranking: some hundred megabytes
 
 
@@ -101,6 +104,29 @@ def model_name(run: Run) -> str:
     return f"{model.model} {what}".rstrip()
 
 
+def model_names(runs: Sequence[Run]) -> list[str]:
+    """What tables call several runs: seeds of one model the same, models that differ in a setting not.
+
+    Raises ConfigError for a run that is there twice, which would count as two seeds.
+    """
+    seen: dict[str, Run] = {}
+    for run in runs:
+        if run.version in seen:
+            raise ConfigError(
+                f"{run.folder}: the same weights as {seen[run.version].folder}; give each run once, or the spread over "
+                "runs is too small"
+            )
+        seen[run.version] = run
+    settings = [{k: v for part in asdict(run.config).values() for k, v in part.items()} for run in runs]
+    names = [model_name(run) for run in runs]
+    found = []
+    for name, mine in zip(names, settings, strict=True):
+        others = [s for n, s in zip(names, settings, strict=True) if n == name]
+        differing = [k for k in mine if k not in OF_NO_MODEL and any(other[k] != mine[k] for other in others)]
+        found.append(", ".join([name, *(f"{key}={mine[key]}" for key in differing)]))
+    return found
+
+
 def describe(data: PreparedData, split: str, impressions: Impressions) -> dict[str, Any]:
     """What was measured on."""
     return {
@@ -131,7 +157,8 @@ def learning_curve(run: Run) -> tuple[dict[str, float], ...]:
 def rank_catalogue(run: Run, feed: Feed, quiet: bool = False) -> Metrics:
     """HR@K and NDCG@K of the positive of each request that has exactly one, among all items of the catalogue (task 1).
 
-    Ties count against the positive. Context columns, which an item that was not shown does not have, are left out.
+    Ties count against the positive. A positive that the catalogue does not hold cannot be ranked, and is left out.
+    Context columns, which an item that was not shown does not have, are left out.
     """
     model = run.model
     if run.config.model.with_counts:
@@ -148,8 +175,9 @@ def rank_catalogue(run: Run, feed: Feed, quiet: bool = False) -> Metrics:
             prepared, memory = model.prepare(batch, carry.gather(step, model.init_memory(len(step.users))))
             carry.keep(step, memory)
             is_positive = (batch.label[..., 0] > 0) & batch.is_valid
-            chosen = (is_positive.sum(1) == 1).nonzero().squeeze(1)
             positive = batch.requests.candidate.gather(1, is_positive.long().argmax(1, keepdim=True)).squeeze(1)
+            is_ranked = (is_positive.sum(1) == 1) & (positive >= run.catalogue.first_item)
+            chosen = is_ranked.nonzero().squeeze(1)
             for rows in chosen.split(max(1, RANKED_AT_ONCE // len(items))) if len(chosen) else ():
                 requests = with_candidates(batch.requests, rows, items)
                 if isinstance(feed.count_features, PopularityFeatures):

@@ -1,4 +1,4 @@
-"""The control that knows no sequence: a small network on exact counts.
+"""The control that knows no sequence: a small network on exact counts, and on what the head of all models knows beside.
 
 How often and how lately the user met this item and its categories, at several half-lives, and how popular both are.
 Rankers in production hand-craft such features; a sequence model that does not beat them has not earned its cost.
@@ -14,13 +14,13 @@ from torch import Tensor
 from vista.config import ModelConfig
 from vista.models.batch import Memory, Requests, TimelineBatch
 from vista.models.embeddings import ContextEncoder
-from vista.models.head import CountsEncoder, mlp
+from vista.models.head import HISTORY_FEATURES, CountsEncoder, history_features, mlp
 from vista.models.model import Model
 from vista.schema import ContextColumn
 
 
 class CountsModel(Model):
-    """Two hidden layers on standardised counts and context."""
+    """Two hidden layers on [standardised counts; context; length and age of the history]."""
 
     def __init__(
         self, config: ModelConfig, num_tasks: int, context: tuple[ContextColumn, ...], num_counts: int
@@ -29,7 +29,8 @@ class CountsModel(Model):
         self.config = config
         self.counts = CountsEncoder(num_counts)
         self.context = ContextEncoder(context)
-        self.layers = mlp(num_counts + self.context.width, [config.head_width] * 2, num_tasks)
+        width = num_counts + self.context.width + HISTORY_FEATURES
+        self.layers = mlp(width, [config.head_width] * 2, num_tasks)
 
     def prepare(self, batch: TimelineBatch, memory: Memory) -> tuple[None, Memory]:
         """Nothing: requests share nothing but the weights."""
@@ -37,4 +38,5 @@ class CountsModel(Model):
 
     def rank(self, prepared: None, requests: Requests) -> Tensor:
         """Logits (Q, C, T)."""
-        return self.layers(torch.cat([self.counts(requests), self.context(requests.context)], -1))
+        facts = self.counts(requests), self.context(requests.context), history_features(requests)
+        return self.layers(torch.cat(facts, -1))

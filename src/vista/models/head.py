@@ -42,7 +42,7 @@ class Head(nn.Module):
 
     def forward(self, read: Tensor, candidate_x: Tensor, requests: Requests) -> Tensor:
         """Logits (Q, C, T) from what each candidate read (Q, C, read_width) and its item vector (Q, C, D)."""
-        facts = [self.context(requests.context), _history_features(requests)]
+        facts = [self.context(requests.context), history_features(requests)]
         if self.counts is not None:
             facts.append(self.counts(requests))
         vectors = [self.dropout(read), self.dropout(norm(candidate_x))]
@@ -100,7 +100,7 @@ class CountsEncoder(nn.Module):
         return ((counts - self.mean) / self.scale).masked_fill(~is_valid[..., None], 0.0)
 
 
-def _history_features(requests: Requests) -> Tensor:
+def history_features(requests: Requests) -> Tensor:
     """(Q, C, 2): the length of the history and the time since its last event, log-scaled."""
     last_us = requests.recent_us[:, -1] if requests.recent_us.shape[1] else requests.timestamp_us
     last_age_s = ((requests.timestamp_us - last_us).clamp(min=0) / US_PER_S).masked_fill(requests.num_known == 0, 0.0)

@@ -196,6 +196,7 @@ def test_published_numbers_stand_beside_the_log_they_were_measured_on_alone():
         (["--set", "model.candidate_memory=ridge", "--models", "vista"], "scores no candidates one by one"),
         (["--set", "model.sketch_slots=8"], "neither scope full nor a sketch"),
         (["--device", "tpu"], "--device 'tpu'"),
+        (["--models", ","], "name at least one entry"),
     ],
 )
 def test_bad_arguments_are_named_before_anything_is_run(arguments, message, tmp_path):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -30,6 +31,7 @@ from tests.data.small_logs import (
 )
 from vista.catalogue import UNKNOWN_ROWS
 from vista.cli.main import app
+from vista.cli.prepare import prepare as command
 from vista.data.histories import PreparedData
 from vista.data.prepare import PrepareOptions, prepare, summary_lines, verify
 from vista.errors import DataError, StaleOutput
@@ -138,6 +140,42 @@ def test_ids_that_are_text_in_one_file_are_text_in_all(tmp_path: Path) -> None:
     data = PreparedData.open(tmp_path / "out")
     assert {"bob", "1", "49"} <= set(data.user_ids)
     assert histories_of(data)["bob"] == [("x7", None, START_S * SECOND_US)]
+
+
+def test_ids_are_as_the_log_writes_them(tmp_path: Path) -> None:
+    """007 is another user than 7, in every table, and whoever asks for 00012 finds it; a plain integer stays one."""
+    rows = [(f"{i % 4:03}", f"{i % 9:05}", START_S + i) for i in range(60)] + [("7", "12", START_S + 60)] * 3
+    rows += [("007", "00012", START_S + 61 + i) for i in range(30)]
+    events = pl.DataFrame(rows, schema=["user_id", "item_id", "timestamp"], orient="row")
+    items = pl.DataFrame({"item_id": ["00012", "12", "00001"], "kind": ["a", "b", "c"]})
+    shown = pl.DataFrame({"user_id": ["007", "7"] * 20, "item_id": ["12", "00012"] * 20,
+                          "timestamp": [START_S + 70 + i for i in range(40)], "click": [0, 1] * 20})  # fmt: skip
+    paths = {"events": events, "items": items, "impressions": shown}
+    options = {name: write(frame, tmp_path / f"{name}.csv") for name, frame in paths.items()}
+    prepare(PrepareOptions(**options), tmp_path / "out")
+    data = PreparedData.open(tmp_path / "out")
+    assert {"007", "7", "000"} <= set(data.user_ids)
+    assert {item for item, *_ in histories_of(data)["007"]} == {"00012"}
+    assert (data.catalogue.encode(["00012", "12", "00001"]) >= data.catalogue.first_item).all()
+    train = data.impressions("train")
+    pairs = zip(data.user_ids[train.user].tolist(), data.catalogue.decode(train.item[train.offsets[:-1]]), strict=True)
+    assert set(pairs) == {("007", "12"), ("7", "00012")}
+    plain = write(small_log(), tmp_path / "plain.csv")
+    prepare(PrepareOptions(plain), tmp_path / "plain")
+    assert PreparedData.open(tmp_path / "plain").user_ids.dtype.kind == "i"
+
+
+def test_every_default_of_the_command_is_that_of_the_call() -> None:
+    """So that what Python, the benchmark and the command line prepare is the same."""
+    options = {field.name: field.default for field in fields(PrepareOptions)}
+    names = {"task": "tasks", "item_feature": "item_features"}
+    compared = 0
+    for name, parameter in inspect.signature(command).parameters.items():
+        default = options.get(names.get(name, name), MISSING)
+        if parameter.default is not inspect.Parameter.empty and default is not MISSING:
+            assert (parameter.default or None) == (default or None), name
+            compared += 1
+    assert compared >= 25
 
 
 # --- times -----------------------------------------------------------------------------------------------------------

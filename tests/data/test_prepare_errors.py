@@ -413,3 +413,17 @@ def test_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
     assert process.returncode == 130
     assert stderr.splitlines()[-1] == f"interrupted: nothing was kept of {tmp_path / 'out'}"
     assert sorted(os.listdir(tmp_path)) == ["log.parquet", "reached"]
+
+
+def test_a_folder_below_a_file_is_refused(tmp_path: Path) -> None:
+    events = write(LOG, tmp_path / "log.csv")
+    result = CliRunner().invoke(app, ["prepare", events, "--out", f"{events}/data"])
+    assert result.exit_code == 2
+    assert "log.csv is a file, and not a folder to write into" in result.stderr.replace("\n", " ")
+
+
+def test_a_late_word_among_numbers_of_actions_is_named_by_its_row(tmp_path: Path) -> None:
+    """Also where nobody named the column."""
+    lines = [f"1,{i % 90},{START_S + i},{i % 3}\n" for i in range(10_050)]
+    (tmp_path / "log.csv").write_text("user_id,item_id,timestamp,action\n" + "".join(lines) + f"1,5,{START_S},click\n")
+    assert "row 10051, column 'action': 'click'" in fails(tmp_path, str(tmp_path / "log.csv"))

@@ -47,6 +47,17 @@ def write_parquet(folder: Path) -> None:
     pl.DataFrame({"item_id": item, "genres": genres}).write_parquet(folder / "items.parquet")
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1"])
+def test_titles_of_any_encoding(encoding, tmp_path):
+    """In UTF-8 an A with a ring has a byte that Latin 1 takes for the end of a line."""
+    write_dat(tmp_path)
+    films = "".join("::".join(map(str, film)) + "\n" for film in [*FILMS[1:], (10, "Å (1995)", "Action|Crime")])
+    (tmp_path / "movies.dat").write_text(films, encoding=encoding)
+    convert_movielens(tmp_path / "out", tmp_path, MovielensOptions())
+    items = pl.read_parquet(tmp_path / "out" / "items.parquet").sort("item_id")
+    assert items.row(0, named=True)["genre_crime"] == 1
+
+
 @pytest.mark.parametrize("write", [write_csv, write_dat, write_parquet])
 def test_movielens_in_each_form(tmp_path: Path, write: Callable[[Path], None]) -> None:
     source = tmp_path / "source"

@@ -38,6 +38,18 @@ def test_events_are_ordered_by_the_column_that_says_so(tmp_path):
     assert seconds.tolist() == [100, 101, 101, 103]  # a time that falls is held
 
 
+def test_text_is_put_in_order_by_the_time_it_says(tmp_path):
+    """And what says none is refused: by its letters 12/31/2023 would come after 01/05/2024."""
+    days = ["2023-12-30T10:00:00+02:00", "2023-12-30T09:00:00Z", "2023-12-31T01:00:00+09:00"]  # 8, 9 and 16 o'clock
+    rows = [(u, f"i{k}", days[k]) for u in "abc" for k in (2, 0, 1)]
+    user, item, day = (list(column) for column in zip(*rows, strict=True))
+    read = read_sequences(log(tmp_path, user_id=user, item_id=item, day=day), SequenceColumns(order="day"), 3)
+    assert read.item_ids[read.item - 1].tolist() == ["i0", "i1", "i2"] * 3
+    american = log(tmp_path, user_id=user, item_id=item, day=["12/31/2023 10:00"] * 9)
+    with pytest.raises(DataError, match=r"row 1, column 'day': '12/31/2023 10:00' is not a time"):
+        read_sequences(american, SequenceColumns(order="day"), 3)
+
+
 def test_without_a_time_column_no_time_is_read(tmp_path):
     read = read_sequences(shuffled(tmp_path), SequenceColumns(order="place"), 3)
     assert not read.timestamp_us.any()

@@ -63,7 +63,7 @@ def prepare(
     test_fraction: Annotated[float, typer.Option(help="Share of the requests, by time.")] = 0.1,
     validation_from: Annotated[str | None, typer.Option(help="Where validation begins, instead of a share.")] = None,
     test_from: Annotated[str | None, typer.Option(help="Where test begins, instead of a share.")] = None,
-    unknown_buckets: Annotated[int, typer.Option(help="Item indices for ids the catalogue does not hold.")] = 64,
+    unknown_buckets: Annotated[int, typer.Option(help="Item indices for ids the catalogue does not hold.")] = 4096,
     catalogue: Annotated[
         str | None, typer.Option(help="Run or data folder whose items and actions are meant; default: a new catalogue.")
     ] = None,

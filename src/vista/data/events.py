@@ -19,7 +19,7 @@ from typing import Any
 
 import polars as pl
 
-from vista.data.tables import LARGEST_ID, Table, find_files, id_kind, is_full_disk, unreadable
+from vista.data.tables import LARGEST_ID, Table, find_files, id_kind, is_full_disk, text_ids, unreadable
 from vista.errors import ConfigError, DataError
 
 UNITS_US = {"s": 1_000_000, "ms": 1_000, "us": 1}  # microseconds in a unit; "ns" is the one below a microsecond
@@ -227,7 +227,9 @@ class EventLog:
         tables = [Table.open(file) for file in files]
         for table in tables:
             table.require(_required(columns))
-        tables = _reread_ids_as_text(tables, columns)
+        as_text = text_ids(tables, (columns.user, columns.item))
+        if as_text:
+            tables = [Table.open(table.path, as_text) for table in tables]
         with explained(tables, columns):
             return cls(
                 tuple(tables), columns, id_kind(tables, columns.user), id_kind(tables, columns.item),
@@ -297,7 +299,8 @@ def explained(tables: Sequence[Table], columns: EventColumns) -> Iterator[None]:
         if is_full_disk(error):
             raise
         for table in tables:
-            table.refuse_unreadable(list(_required(columns)))
+            unnamed = ["action"] if columns.action is None and "action" in table.schema else []
+            table.refuse_unreadable([*_required(columns), *unnamed])
             for column in (columns.user, columns.item):
                 if table.schema[column] == pl.UInt64:
                     too_large = f"is above the largest integer id, {LARGEST_ID}; convert the column to strings"
@@ -311,18 +314,6 @@ def _required(columns: EventColumns) -> dict[str, str]:
         columns.action: "--action-column", columns.burst: "--burst-column", columns.event_id: "--event-id-column",
     }  # fmt: skip
     return {name: option for name, option in named.items() if name is not None}
-
-
-def _reread_ids_as_text(tables: list[Table], columns: EventColumns) -> list[Table]:
-    """CSV files say nothing of types: where an id column is text in one file or later in a file, it is text in all."""
-    as_text = []
-    for column in (columns.user, columns.item):
-        is_text = any(table.schema[column] == pl.String for table in tables)
-        if is_text or any(table.unreadable_cell([column]) for table in tables):
-            as_text.append(column)
-    if not as_text:
-        return tables
-    return [Table.open(table.path, as_text) for table in tables]
 
 
 def _action_type(tables: Sequence[Table], named: str | None) -> pl.DataType | None:

@@ -57,8 +57,8 @@ class ImpressionTable:
         Raises MissingColumn, and DataError naming file and row of a label that is not 0 or 1, of a context number that
         is infinite, and of ids and times as for the event log.
         """
-        tables, frame = read_table(path, "impressions")
         names = log.columns
+        tables, frame = read_table(path, "impressions", (names.user, names.item))
         options = {names.user: "--user-column", names.item: "--item-column", names.timestamp: "--timestamp-column"}
         tables[0].require({**options, **dict.fromkeys(tasks, "--task"), **dict.fromkeys(context, "--context")})
         if set(tasks) & set(context):

@@ -38,7 +38,7 @@ class ItemTable:
         Raises MissingColumn, and DataError for ids that are null, repeated or of another type than in the event log,
         for vectors of different widths and for numbers that are not finite.
         """
-        tables, frame = read_table(path, "items")
+        tables, frame = read_table(path, "items", [id_column])
         options = {id_column: "--item-column", **dict.fromkeys(features, "--item-feature")}
         tables[0].require(options)
         ids = cast_ids(tables, frame, id_column, id_type)
@@ -81,7 +81,10 @@ def cast_ids(tables: Sequence[Table], frame: pl.DataFrame, column: str, id_type:
     if original.dtype.is_float() or original.dtype.is_nested() or original.dtype.is_temporal():
         raise DataError(f"{tables[0].path}, column {column!r}: type {original.dtype}; ids are integers or strings")
     ids = original.cast(id_type, strict=False)
-    wrong = ids.is_null().arg_true()
+    is_other = ids.is_null()
+    if original.dtype == pl.String:
+        is_other |= ids.cast(pl.String) != original  # 007 is another id than 7
+    wrong = is_other.arg_true()
     if len(wrong):
         row = int(wrong[0])
         kind = "an integer, as the ids of the event log are" if id_type == pl.Int64 else "an id"

@@ -17,6 +17,9 @@ def new_folder(out: Path) -> Iterator[Path]:
 
     Raises StaleOutput when ``out`` is there and not an empty folder.
     """
+    above = next((folder for folder in out.parents if folder.exists()), None)
+    if above is not None and not above.is_dir():
+        raise StaleOutput(f"{out}: {above} is a file, and not a folder to write into; choose another --out")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise StaleOutput(f"{out} is there already: remove it, or choose another --out")
     out.parent.mkdir(parents=True, exist_ok=True)

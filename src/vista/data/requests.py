@@ -27,7 +27,7 @@ def read_moments(path: Path | str, columns: MomentColumns) -> tuple[pl.DataFrame
 
     Raises MissingColumn, and DataError naming file and row of an id or a time that is missing or cannot be read.
     """
-    tables, frame = read_table(path, "requests")
+    tables, frame = read_table(path, "requests", (columns.user,))
     for table in tables:
         table.require({columns.user: "--user-column", columns.timestamp: "--timestamp-column"})
     clock = open_clock(tables, columns.timestamp, TimeRules(columns.time_unit))

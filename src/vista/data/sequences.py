@@ -73,22 +73,28 @@ def read_sequences(source: Path | str, columns: SequenceColumns, min_events: int
         raise ConfigError(f"--min-events {min_events}: leave-one-out takes {LEAST_EVENTS} events of each user, or more")
     tables = [Table.open(file) for file in find_files(source, "events")]
     _check(tables, columns)
-    _, frame = read_table(source, "events")
-    timestamp = pl.lit(0, pl.Int64)
-    if columns.timestamp is not None:
-        clock = open_clock(tables, columns.timestamp, TimeRules())
-        ticks = clock.ticks(columns.timestamp, frame.schema[columns.timestamp])
-        timestamp = ticks.cast(pl.Int64) * clock.tick_us
+    _, frame = read_table(source, "events", (columns.user, columns.item))
+    timestamp = pl.lit(0, pl.Int64) if columns.timestamp is None else _times_us(tables, frame, columns.timestamp)
+    is_number = frame.schema[columns.order].is_numeric()  # a place or a time; text would be sorted by its letters
+    order = pl.col(columns.order) if is_number else _times_us(tables, frame, columns.order)
     frame = frame.select(
-        pl.col(columns.user).alias("user"), pl.col(columns.item).alias("item"), pl.col(columns.order).alias("order"),
+        pl.col(columns.user).alias("user"),
+        pl.col(columns.item).alias("item"),
+        order.alias("order"),
         timestamp.alias("timestamp_us"),
-    )  # fmt: skip
+    )
     frame = core(frame, min_events)
     if not len(frame):
         raise DataError(
             f"{source}: no user and no item is left that has {min_events} events with the others; lower --min-events"
         )
     return _arrays(frame.sort("user", "order", maintain_order=True))
+
+
+def _times_us(tables: list[Table], frame: pl.DataFrame, column: str) -> pl.Expr:
+    """A column's times in microseconds. Raises DataError naming the row of what is none."""
+    clock = open_clock(tables, column, TimeRules())
+    return clock.ticks(column, frame.schema[column]).cast(pl.Int64) * clock.tick_us
 
 
 def core(frame: pl.DataFrame, min_events: int) -> pl.DataFrame:

@@ -168,6 +168,15 @@ class Table:
             pass
         return None
 
+    def has_other_than_integers(self, column: str) -> bool:
+        """Whether a CSV column whose first rows suggest integers holds what is not one as Python prints it."""
+        if table_kind(self.path) != "csv" or not self.schema[column].is_integer():
+            return False
+        text = pl.col(column)
+        printed = text.cast(self.schema[column], strict=False).cast(pl.String)
+        found = replace(self, as_text=(column,)).first_row(text.is_not_null() & printed.ne_missing(text))
+        return found is not None
+
     def unreadable_cell(self, columns: Sequence[str]) -> BadCell | None:
         """The first cell of a CSV column that is not of the type its first rows suggest; None for Parquet."""
         if table_kind(self.path) != "csv":
@@ -244,12 +253,32 @@ def id_kind(tables: Sequence[Table], column: str) -> pl.DataType:
     return pl.String() if "string" in kinds else pl.Int64()
 
 
-def read_table(path: Path | str, what: str) -> tuple[list[Table], pl.DataFrame]:
+def text_ids(tables: Sequence[Table], columns: Sequence[str]) -> list[str]:
+    """Those of some id columns that are to be read as text.
+
+    CSV files say nothing of types: where an id is text in one file or later in a file, it is text in all. So it is
+    where one is no integer as it is written: 007 is another id than 7, and who asks for 007 later must find it.
+    """
+    return [
+        column
+        for column in columns
+        if any(
+            table.schema[column] == pl.String or table.has_other_than_integers(column)
+            for table in tables
+            if column in table.schema
+        )
+    ]
+
+
+def read_table(path: Path | str, what: str, ids: Sequence[str] = ()) -> tuple[list[Table], pl.DataFrame]:
     """A table that fits in memory, all its files one after another, and where its rows come from.
 
-    Raises DataError when it is empty or its files do not have the same columns.
+    ids: its id columns. Raises DataError when it is empty or its files do not have the same columns.
     """
     tables = [Table.open(file) for file in find_files(path, what)]
+    as_text = text_ids(tables, ids)
+    if as_text:
+        tables = [Table.open(table.path, as_text) for table in tables]
     for table in tables[1:]:
         if list(table.schema) != list(tables[0].schema):
             raise DataError(

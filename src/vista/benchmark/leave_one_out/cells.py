@@ -21,6 +21,7 @@ from vista.benchmark.leave_one_out.split import LeaveOneOut
 from vista.benchmark.leave_one_out.training import NextItemTrainer
 from vista.checkpoint import write_text
 from vista.data.sequences import Sequences
+from vista.errors import ConfigError
 from vista.evaluation.metrics import Metrics
 
 
@@ -58,6 +59,11 @@ class LeaveOneOutPlan:
     seeds: Sequence[int]
     overrides: dict[str, Any] = field(default_factory=dict)
     device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError for no entry at all."""
+        if not self.entries:
+            raise ConfigError("--models: name at least one entry, as in sasrec,vista, or leave it out")
 
     def jobs(self, out: Path) -> Iterator[Job[NextItemCell]]:
         """Seed by seed; what has no seed, once."""

@@ -109,9 +109,9 @@ ENTRIES = {
 
 
 def choose(names: Iterable[str]) -> list[Entry]:
-    """Entries by name. Raises ConfigError for an unknown one."""
+    """Entries by name, each once. Raises ConfigError for an unknown one."""
     chosen = []
-    for name in names:
+    for name in dict.fromkeys(names):
         if name not in ENTRIES:
             raise ConfigError(f"--models: there is no entry {name!r}{nearest(name, ENTRIES)}")
         chosen.append(ENTRIES[name])

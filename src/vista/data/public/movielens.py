@@ -137,10 +137,14 @@ def _films(source: Path) -> pl.DataFrame:
 
 
 def _dat(path: Path, columns: tuple[str, ...]) -> pl.DataFrame:
-    """A table with ``::`` between columns, in Latin 1. Raises DataError naming the first line that is not one."""
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="latin-1").splitlines(), 1):
-        cells = line.split(SEPARATOR)
+    """A table with ``::`` between columns, UTF-8 or Latin 1. Raises DataError naming the first line that is not one."""
+    content, rows = path.read_bytes(), []
+    try:
+        text = content.decode()
+    except UnicodeDecodeError:
+        text = content.decode("latin-1")
+    for number, line in enumerate(text.rstrip("\n").split("\n"), 1):  # other ends of lines may stand in a title
+        cells = line.rstrip("\r").split(SEPARATOR)
         if len(cells) != len(columns):
             raise DataError(
                 f"{path}, row {number}: {len(cells)} columns, expected {len(columns)} ({', '.join(columns)})"

@@ -24,15 +24,15 @@ def test_counts_can_stand_beside_every_model_but_counts(name):
     assert plain.raw_events == beside.raw_events
 
 
-def test_counts_reads_counts_alone():
+def test_counts_reads_of_events_the_time_of_the_newest_alone():
     model = resolved(model="counts").model
-    assert (model.kind, model.with_counts, model.raw_events) == ("counts", True, 0)
+    assert (model.kind, model.with_counts, model.raw_events) == ("counts", True, 1)
 
 
 def test_each_model_reads_the_raw_events_of_its_own_setting():
     given = {"recent_events": 100, "history_events": 300}
     assert {name: resolved(model=name, **given).model.raw_events for name in MODELS} == {
-        "vista": 100, "recent": 100, "counts": 0, "mean": 300, "din": 300, "sim": 300, "twin": 300, "sasrec": 300,
+        "vista": 100, "recent": 100, "counts": 1, "mean": 300, "din": 300, "sim": 300, "twin": 300, "sasrec": 300,
         "hstu": 300,
     }  # fmt: skip
 

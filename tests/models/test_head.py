@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from tests.models.test_ranker import CONFIG, WIDTH, requests
+from vista.config import resolve
+from vista.models.counts import CountsModel
 from vista.models.embeddings import ContextEncoder
 from vista.models.head import LEAST_DEVIATION, CountsEncoder, Head
 from vista.schema import ContextColumn
@@ -76,3 +78,16 @@ def test_a_context_value_out_of_all_bounds_makes_no_logit_that_is_no_number():
     encoder = ContextEncoder(columns)
     x = torch.tensor([[[3.4e38] * 8, [-3.4e38] * 8, [float("inf")] * 8, [float("nan")] * 8, [12.0] * 8]])
     assert encoder(x)[0, :, 0].tolist() == [100.0, -100.0, 100.0, 0.0, 1.0]
+
+
+def test_the_control_knows_how_long_ago_the_user_was_there_and_not_what_for():
+    """Of the newest event `counts` reads the time alone, as every other model's head does beside counts."""
+    config = resolve("tiny", overrides={"model.model": "counts"}).model
+    torch.manual_seed(0)
+    model = CountsModel(config, 1, (), NUM_COUNTS).eval()
+    of = asked()
+    later = replace(of, timestamp_us=of.timestamp_us + 10**9)
+    other_item = replace(of, recent_item=of.recent_item.flip(1))
+    scores = [model.rank(None, requests)[0, :4, 0] for requests in (of, later, other_item)]
+    assert (scores[0] - scores[1]).abs().min() > 1e-4
+    torch.testing.assert_close(scores[0], scores[2], rtol=0, atol=0)
